@@ -1,0 +1,797 @@
+# SPDX-License-Identifier: MIT
+"""GRPO for an LLM that learns to use a search engine, and LLDS, the penalty that keeps it from collapsing.
+
+    python llds.py                                       a tiny built-in agent, offline, on a laptop's CPU
+    python llds.py --model Qwen/Qwen2.5-0.5B-Instruct    the same code with a real model, on one GPU
+
+GRPO pushes down every token of a wrong response, also the good search it began with. What right and wrong
+responses share then loses likelihood although nothing asked for it: lazy likelihood displacement. The model
+grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far the likelihood of good
+responses has fallen since the rollout), and nothing where it has not. arXiv 2512.04220; v1, v2: its versions.
+
+In the order of the data: settings, episode, rollout, reward, losses, update, built-in agent, reports, main.
+The losses are pure functions of tensors and need torch alone. N rollouts, T tokens (right-padded), M action
+tokens, D hidden units, V vocabulary; column t of every (N, T) tensor belongs to ids[:, t].
+"""
+import copy
+import json
+import random
+import re
+import string
+import sys
+import time
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Literal
+
+import torch
+from datasets import load_dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM, get_scheduler)
+from transformers.cache_utils import Cache, DynamicLayer
+
+from retriever import BM25, load_corpus
+
+# ------------------------------------------------------------------------------------------- settings
+
+PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
+If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
+and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
+few words as possible </answer>.
+Question: {question}
+"""
+
+
+def flag(default, why):
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
+
+
+@dataclass
+class Config:
+    """Every knob, once. Defaults suit the built-in agent; REAL_MODEL replaces some for any other --model."""
+    model: str = flag("tiny", "'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x")
+    corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
+    train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
+    eval_data: str = flag("", "held-out questions, jsonl; default: those in --corpus, split 'test'")
+    output_dir: str = flag("", "default: runs/<model>-<time>")
+    seed: int = flag(0, "of the weights, the order of the questions and the sampling")
+    # the episode
+    prompt: str = flag("{question}", "for questions that bring no prompt of their own")
+    chat_template: Literal["auto", "on", "off"] = flag("auto", "auto: the tokenizer's when it has one")
+    max_turns: int = flag(3, "turns in which a search is served; one more follows, for the answer")
+    top_k: int = flag(3, "passages a search returns")
+    max_new_tokens: int = flag(40, "tokens the model may write in a turn")
+    max_feedback_tokens: int = flag(120, "tokens of a feedback; the text is cut, the block still closed")
+    # GRPO
+    steps: int = flag(40, "rounds of rollouts; each is followed by passes * mini_batches updates")
+    questions_per_step: int = flag(16, "questions, and so groups, in a round")
+    group_size: int = flag(8, "rollouts of one question; their mean reward is the baseline")
+    mini_batches: int = flag(4, "updates in one pass over a round's rollouts")
+    passes: int = flag(1, "passes over a round's rollouts")
+    learning_rate: float = flag(5e-4, "of AdamW, constant after the warm-up")
+    warmup_ratio: float = flag(0.1, "share of the updates over which the learning rate rises from 0")
+    clip: float = flag(0.2, "how far a token's likelihood ratio may move before its gradient stops")
+    beta: float = flag(0.0, "KL coefficient, as in TRL; above 0 a frozen copy of the start is kept")
+    temperature: float = flag(1.0, "of sampling and of all log-probabilities; evaluation is greedy")
+    # LLDS
+    llds_lambda: list[float] = flag(lambda: [0.1], "weight of the penalty; 0: plain GRPO; several: more runs")
+    llds_gate: Literal["token", "response", "action"] = flag("response", "what must have become less likely")
+    answer_weight: str = flag("1", "of the answer's tokens in the penalty: 0 to 1, or 'adaptive' (LLDS-MA)")
+    # size and reports
+    warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
+    warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
+    rollout_batch: int = flag(256, "rollouts that share the KV cache at a time")
+    micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
+    eval_steps: int = flag(10, "evaluate on the held-out questions every so many steps")
+    sample_every: int = flag(20, "print an episode every so many steps")
+    tokens: bool = flag(False, "print it token by token as well")
+    plot: bool = flag(False, "write curves.png (needs matplotlib)")
+    ask: str = flag("", "answer this question with --model, print the episode and stop")
+
+
+# For one GPU. The paper's setting (512 questions a step, ten updates a rollout) is a command in the README.
+REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
+                  questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
+                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
+LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, steps=0, questions_per_step=1,
+              group_size=2, mini_batches=1, passes=1, learning_rate=0, clip=0, beta=0, temperature=1e-3,
+              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1)
+
+
+def fail(message):
+    sys.exit(print(f"llds.py: error: {message}", file=sys.stderr) or 2)
+
+
+def parse_config(argv=None):
+    """Command line -> Config. The preset follows --model; a run of ours has its own in its config.json."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
+    model = parser.parse_known_args(argv)[0].model
+    if model != "tiny":
+        file = Path(model) / "config.json"
+        run = json.loads(file.read_text()).get("llds", {}) if file.exists() else {}
+        parser.set_defaults(**{name: run.get(name, value) for name, value in REAL_MODEL.items()})
+        parser.set_defaults(warm_steps=0)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    for name, lowest in [*LOWEST.items(), ("rollout_batch", cfg.group_size)]:
+        if not getattr(cfg, name) >= lowest:
+            fail(f"--{name} must be at least {lowest}, not {getattr(cfg, name)}")
+    if not min(cfg.llds_lambda) >= 0:
+        fail(f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
+    if cfg.mini_batches > cfg.questions_per_step:
+        fail(f"--mini_batches {cfg.mini_batches} is more than --questions_per_step {cfg.questions_per_step}")
+    if cfg.answer_weight != "adaptive" and not re.fullmatch(r"1(\.0*)?|0?\.\d+|0", cfg.answer_weight):
+        fail(f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
+    if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
+        print("WARNING: with one update a rollout (--mini_batches 1 --passes 1) the penalty is always 0: it "
+              "compares with the policy that made the rollout", file=sys.stderr)
+    return cfg
+
+
+# ------------------------------------------------------------- episode: prompt, actions, feedback
+
+CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
+              "<answer> answer </answer> to finish.\n\n")
+OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
+TAG = re.compile(r"</?(?:think|search|information|answer)>")
+
+
+@dataclass
+class Episode:
+    """A question and all that followed. ids are exact: what was sampled is never decoded and re-encoded."""
+    question: dict                                 # "question", "golden_answers", perhaps "hops", "prompt"
+    ids: list                                      # prompt, action 1, feedback, action 2, ...
+    action_id: list                                # of each token: k in the k-th action, else 0
+    start: int                                     # where the current action begins in ids
+    fed: int = 0                                   # during rollout: ids[:fed] are in the KV cache
+    turn: int = 1
+    searches: list = field(default_factory=list)   # of each served search: the contents that came back
+    valid_actions: int = 0
+    answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
+    reward: float = 0.0
+    done: bool = False
+
+
+def between(tag, text):
+    """What stands between the first </tag> and the last <tag> before it, or None."""
+    head, closed, _ = text.partition(f"</{tag}>")
+    _, opened, inside = head.rpartition(f"<{tag}>")
+    return inside.strip() if opened and closed else None
+
+
+def extract_answer(text):
+    """The answer in an action: what follows the last <answer> before the first </answer>. str or None."""
+    return between("answer", text)
+
+
+def information(passages):
+    """Passages as text, one a line. A tag inside a passage is broken, so that it cannot close the block."""
+    docs = [passage["contents"].partition("\n") for passage in passages]
+    lines = [f"Doc {i}(Title: {title}) {text}" for i, (title, _, text) in enumerate(docs, 1)]
+    return TAG.sub(lambda tag: "< " + tag[0][1:], "\n".join(lines)) or "No passage matches this query."
+
+
+class Environment:
+    """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback."""
+
+    def __init__(self, tok, retriever, cfg, max_length=float("inf")):
+        self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
+        self.template = {"auto": tok.chat_template is not None, "on": True, "off": False}[cfg.chat_template]
+        # Only a token with ">" can complete a tag: </search> itself, or the end of a split one: > >\n\n ></
+        pieces = tok.batch_decode([[i] for i in range(len(tok))], clean_up_tokenization_spaces=False)
+        self.closers = {i for i, piece in enumerate(pieces) if ">" in piece}
+
+    def encode(self, text):  # split_special_tokens: no document can smuggle in a special token
+        return self.tok.encode(text, add_special_tokens=False, split_special_tokens=True)
+
+    def decode(self, ids):
+        return self.tok.decode(ids, clean_up_tokenization_spaces=False)
+
+    def reset(self, question):
+        """A new Episode, ready for its first action."""
+        messages = question.get("prompt") or [
+            {"role": "user", "content": self.cfg.prompt.replace("{question}", question["question"])}]
+        text = "\n".join(message["content"] for message in messages)
+        if self.template:
+            text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = self.tok.encode(text, add_special_tokens=not self.template)
+        return Episode(question, ids, [0] * len(ids), len(ids))
+
+    def complete(self, e):
+        """Does the newest token end the action: a closing tag, EOS, or no room for another token?"""
+        action = e.ids[e.start:]
+        if action[-1] in self.closers:  # a token adds a character or more: as many as the tag has suffice
+            tail = self.decode(action[-len("</search>"):])
+            if "</search>" in tail or "</answer>" in tail:
+                return True
+        full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
+        return full or action[-1] == self.tok.eos_token_id
+
+    def respond(self, episodes):
+        """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
+        served = []
+        for e in episodes:
+            text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
+            answer, query = extract_answer(text), between("search", text)
+            if answer is not None:  # its tokens: the fewest at the end that hold the opening tag
+                e.answer_start = len(e.ids) - 1
+                while "<answer>" not in self.decode(e.ids[e.answer_start:]):
+                    e.answer_start -= 1
+                e.reward = exact_match(answer, e.question["golden_answers"])
+            e.done = answer is not None or last
+            e.valid_actions += answer is not None or query is not None and not last
+            if not e.done and query is not None:
+                served.append((e, query))
+            elif not e.done:
+                self.append(e, self.encode(CORRECTION))
+        head, tail = self.encode(OPEN), self.encode(CLOSE)
+        found = self.retriever.search([query for _, query in served], self.cfg.top_k)
+        for (e, _), passages in zip(served, found):
+            e.searches.append([passage["contents"] for passage in passages])
+            room = self.cfg.max_feedback_tokens - len(head) - len(tail)
+            self.append(e, head + self.encode(information(passages))[:room] + tail)
+
+    def append(self, e, feedback):
+        """Adds feedback and opens the next turn; an episode whose context is full ends instead."""
+        e.done = len(e.ids) + len(feedback) >= self.max_length
+        if not e.done:
+            e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
+            e.turn, e.start = e.turn + 1, len(e.ids)
+
+
+# -------------------------------------------------------------------------------------------- rollout
+
+class SlotCache(Cache):
+    """One preallocated KV cache for all rollouts, in which a token's cell is its position: row r's token at
+    position p lives in keys[r, :, p]. So the mask is "cell <= position", nothing is concatenated or shifted,
+    and what the padding of a chunk leaves behind is overwritten before any query may look at it."""
+
+    def __init__(self, layers, rows, cells):
+        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        self.shape = rows, cells + 1  # the last cell takes padding that would fall outside
+
+    def copy(self, source, targets, cells):
+        for layer in self.layers:
+            layer.keys[targets, :, :cells] = layer.keys[source, :, :cells]
+            layer.values[targets, :, :cells] = layer.values[source, :, :cells]
+
+
+class SlotLayer(DynamicLayer):
+    def __init__(self, cache):
+        super().__init__()
+        self.cache = cache
+
+    def update(self, keys, values, *args, **kwargs):
+        c, (rows, cells) = self.cache, self.cache.shape
+        if not self.is_initialized:  # zeros, not empty: 0 * NaN would be NaN
+            self.keys = keys.new_zeros(rows, keys.shape[1], cells, keys.shape[3])
+            self.values = torch.zeros_like(self.keys)
+            self.is_initialized = True
+        self.keys[c.rows[:, None], :, c.position] = keys.transpose(1, 2)
+        self.values[c.rows[:, None], :, c.position] = values.transpose(1, 2)
+        rows = slice(len(c.rows)) if c.all_live else c.rows  # a slice is a view, an index would copy
+        return self.keys[rows, :, :c.used], self.values[rows, :, :c.used]
+
+
+@torch.no_grad()
+def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
+    """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
+
+    Every token enters the model once. A step feeds one pending token to each live row; a row with none left
+    samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
+    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions.
+    """
+    cfg, device = env.cfg, model.device
+    groups = [[e, *(copy.deepcopy(e) for _ in range(group_size - 1))] for e in map(env.reset, questions)]
+    longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
+    cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
+    cache = SlotCache(model.config.num_hidden_layers, min(max_rows, len(groups) * group_size), cells)
+    todo, live = groups[::-1], []  # live[r] sits in row r of the cache
+
+    def feed(rows, most):
+        """Feeds up to `most` pending tokens to each of rows; returns the logits after the last one."""
+        chunks = [live[r].ids[live[r].fed:live[r].fed + most] for r in rows]
+        width = max(map(len, chunks))
+        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device)
+        position = torch.tensor([live[r].fed for r in rows])[:, None] + torch.arange(width)    # (rows, width)
+        cache.rows, cache.position = torch.tensor(rows, device=device), position.clamp(max=cells).to(device)
+        for r, chunk in zip(rows, chunks):
+            live[r].fed += len(chunk)
+        cache.used, cache.all_live = max(live[r].fed for r in rows), len(rows) == len(live)
+        mask = torch.arange(cache.used, device=device) <= cache.position[:, None, :, None]
+        hidden = model.base_model(input_ids=ids, position_ids=cache.position, attention_mask=mask,
+                                  past_key_values=cache, use_cache=True)[0]             # (rows, width, D)
+        last = hidden[range(len(rows)), [len(chunk) - 1 for chunk in chunks]]
+        return model.get_output_embeddings()(last).float()                              # (rows, V)
+
+    while todo or live:
+        old = len(live)
+        while todo and len(live) + group_size <= cache.shape[0]:
+            live += todo.pop()
+        if len(live) > old:  # a group's prompt enters once and is copied to its other rows
+            active = range(old, len(live))
+            logits = feed(active[::group_size], cells).repeat_interleave(group_size, dim=0)
+            for r in active[::group_size]:
+                cache.copy(r, slice(r + 1, r + group_size), live[r].fed)
+            for r in active:
+                live[r].fed = len(live[r].ids)
+        else:
+            waiting = [r for r, e in enumerate(live) if e.fed + 1 < len(e.ids)]
+            in_one_go = 4 * len(waiting) >= len(live)
+            active = waiting if in_one_go else range(len(live))
+            logits = feed(active, cells if in_one_go else 1)
+        tokens = logits.argmax(dim=-1)
+        if temperature > 0:
+            tokens = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
+        completed = []
+        for e, token in zip([live[r] for r in active], tokens.tolist()):
+            if e.fed == len(e.ids):  # else it still has feedback to read
+                e.ids.append(token)
+                e.action_id.append(e.turn)
+                if env.complete(e):
+                    completed.append(e)
+        env.respond(completed)
+        for r in reversed([r for r, e in enumerate(live) if e.done]):  # the last row moves into the freed one
+            if r < len(live) - 1:
+                cache.copy(len(live) - 1, r, live[-1].fed)
+                live[r] = live[-1]
+            live.pop()
+    return list(chain(*groups))
+
+
+# --------------------------------------------------------------------------------------------- reward
+
+def normalize_answer(text):
+    """As Search-R1: lower case, no punctuation, no articles, single spaces."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def exact_match(prediction, golden_answers):
+    """1.0 if the prediction equals a golden answer, both normalised, else 0.0."""
+    return float(normalize_answer(prediction) in map(normalize_answer, golden_answers))
+
+
+# ------------------------------------------------- losses: they need torch alone; copy from here ...
+
+def group_advantages(rewards, group_size):
+    """A = (r - mean) / (std + 1e-6) in each group (v2 eq. 1; sample std and 1e-6 as in the official code).
+
+    rewards: (N,), a group's side by side. Returns (N,), exactly 0 where a group's rewards are all equal.
+    """
+    groups = rewards.float().view(-1, group_size)                               # (N / group_size, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    std = (centred.square().sum(dim=1, keepdim=True) / max(1, group_size - 1)).sqrt()
+    spread = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
+    return torch.where(spread, centred / (std + 1e-6), 0.0).view(-1)
+
+
+def action_ids(mask):
+    """0/1 mask of action tokens (N, T) -> (N, T) long: the k-th run of ones in a row gets k, the rest 0."""
+    mask = mask.long()
+    begins = mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1
+    return begins.cumsum(dim=1) * mask
+
+
+def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
+    """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
+
+    logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
+    Returns (loss, info): info has the count of tokens whose gradient the clip stopped, and the largest ratio.
+    """
+    mask, advantages = mask.bool(), advantages[:, None]                                 # (N, T), (N, 1)
+    log_ratio = logp.masked_fill(~mask, 0) - old_logp.detach().masked_fill(~mask, 0)  # before exp: no inf * 0
+    ratio = log_ratio.exp()
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
+    with torch.no_grad():
+        beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
+    return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
+
+
+def kl_penalty(logp, ref_logp, mask, denom=None):
+    """KL to the reference by the low-variance k3: exp(r) - r - 1 with r = ref_logp - logp, token mean.
+
+    logp, ref_logp, mask: (N, T). denom replaces mask.sum(). Returns the loss.
+    """
+    mask = mask.bool()
+    r = ref_logp.detach().masked_fill(~mask, 0) - logp.masked_fill(~mask, 0)            # (N, T)
+    return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
+
+
+def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
+                 denom=None):
+    """How far the likelihood of good responses has fallen since the rollout (v1 LLDS; v2 eq. 4, 5, 9, 10).
+
+    logp, old_logp: (N, T), the new policy and the one that made the rollouts. advantages: (N,); A >= 0 is
+        preserved. action_id: (N, T), k on tokens of the k-th action, 0 on prompt, feedback and padding.
+    gate: whose summed likelihood must have fallen before its tokens count: the "token" (v2 eq. 9), the
+        "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
+    answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty (LLDS-MA:
+        0 in v1, any weight in v2 eq. 5). The gate still sees them.
+    denom replaces the count of preserved action tokens, gated or not, so that micro-batches add up.
+    Returns (loss, info), counts that add up too. ValueError: unknown gate, unusable answer_weight.
+    """
+    if gate not in ("token", "response", "action"):
+        raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
+    if not 0 <= answer_weight <= 1 or answer_weight != 1 and answer_mask is None:
+        raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
+    preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
+    delta = old_logp.detach().masked_fill(~preserved, 0) - logp.masked_fill(~preserved, 0)  # > 0: it fell
+    with torch.no_grad():  # the gate is a constant, 0 or 1
+        unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
+                "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
+        per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
+        fell = per_unit.scatter_add(1, unit, delta.float()) > 0                         # (N, units + 1)
+        exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
+        weight = (fell.gather(1, unit) & preserved).float()                             # (N, T)
+        if answer_mask is not None:
+            weight = torch.where(answer_mask.bool(), weight * answer_weight, weight)
+    penalty = torch.relu(delta) * weight  # relu: at a tie maximum() and clamp() let gradient through
+    loss = penalty.sum() / max(1, preserved.sum() if denom is None else denom)
+    return loss, {"preserved_tokens": preserved.sum(), "penalized_tokens": (penalty > 0).sum(),
+                  "units": exists[:, 1:].sum(), "open_units": fell[:, 1:].sum()}
+
+
+# --------------------------------------------------------------------------------- ... copy to here
+
+def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
+    """Log-probability of each action token under the tempered distribution that sampled it, and its entropy.
+
+    ids, action_id: (N, T). Right padding needs no attention mask: causal attention never looks right. Returns
+    (logp, entropy): (N, T) float32, in nats, 0 outside actions. Only the hidden states that predict an action
+    token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist.
+    """
+    hidden = model.base_model(input_ids=ids, use_cache=False)[0]                        # (N, T, D)
+    is_action = action_id > 0
+    is_action[:, 0] = False  # nothing predicts column 0
+    hidden, target = hidden[:, :-1][is_action[:, 1:]], ids[is_action]  # (M, D), (M,): the one shift
+
+    def head(hidden, target):
+        logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
+        return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).detach().sum(dim=-1)
+
+    chunks = zip(hidden.split(chunk), target.split(chunk))
+    parts = [checkpoint(head, *pair, use_reentrant=False) for pair in chunks]
+    zeros = torch.zeros(ids.shape, device=ids.device) + 0 * hidden.sum()  # with a graph, also where M = 0
+    return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts)) or (zeros, zeros)
+
+
+# --------------------------------------------------------------------------------------------- update
+
+def pad(episodes, device):
+    """Episodes -> ids, action_id, answer_mask: (N, T) long each, right-padded with 0."""
+    width = max(len(e.ids) for e in episodes)
+    answers = [[0] * len(e.ids[:e.answer_start]) + [1] * len(e.ids[e.answer_start:]) if e.answer_start else []
+               for e in episodes]
+    columns = [e.ids for e in episodes], [e.action_id for e in episodes], answers
+    return [torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device) for rows in columns]
+
+
+def split(lengths, group_size, mini_batches, max_tokens):
+    """Shuffled groups -> mini-batches -> micro-batches: lists of rows that fit max_tokens when padded."""
+    plan = []
+    for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
+        rows, micro_batches = [g * group_size + i for g in groups.tolist() for i in range(group_size)], [[]]
+        for row in sorted(rows, key=lambda row: lengths[row]):
+            if micro_batches[-1] and (len(micro_batches[-1]) + 1) * lengths[row] > max_tokens:
+                micro_batches.append([])
+            micro_batches[-1].append(row)
+        plan.append(micro_batches)
+    return plan
+
+
+def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg):
+    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
+    lengths, mean = [len(e.ids) for e in episodes], lambda values: sum(values) / len(values)
+    ids, action_id, answer_mask = pad(episodes, model.device)                           # (N, T) each
+    is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=model.device)
+    advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
+    searches = mean([len(e.searches) for e in episodes])
+    answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
+    sizes = cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens
+    plans = [split(lengths, *sizes) for _ in range(cfg.passes)]
+
+    def logps(model, rows):
+        width = max(lengths[row] for row in rows)
+        return token_logps(model, ids[rows, :width], action_id[rows, :width], cfg.temperature)
+
+    @torch.no_grad()
+    def all_logps(model):  # over the first pass's micro-batches: in update 1 old = new to the last bit
+        out = torch.zeros(2, *ids.shape, device=model.device)
+        for rows in chain(*plans[0]):
+            pair = torch.stack(logps(model, rows))
+            out[:, rows, :pair.shape[2]] = pair
+        return out
+
+    old_logp, entropy = all_logps(model)
+    ref_logp = all_logps(reference)[0] if cfg.beta > 0 else old_logp
+    columns = old_logp, ref_logp, action_id, answer_mask
+    total, updates = defaultdict(float), cfg.passes * cfg.mini_batches
+    for update, mini_batch in enumerate(chain(*plans)):
+        members = list(chain(*mini_batch))
+        tokens = is_action[members].sum()                                               # the two normalisers
+        preserved_tokens = is_action[members][advantages[members] >= 0].sum()
+        for rows in mini_batch:
+            logp, _ = logps(model, rows)
+            old, ref, action, answer = (x[rows, :logp.shape[1]] for x in columns)
+            policy, info = policy_loss(logp, old, advantages[rows], action > 0, cfg.clip, tokens)
+            kl = kl_penalty(logp, ref, action > 0, tokens)
+            llds, counts = llds_penalty(logp, old, advantages[rows], action, cfg.llds_gate, answer,
+                                        answer_weight, preserved_tokens)
+            (policy + cfg.beta * kl + llds_lambda * llds).backward()
+            total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
+            total["llds_first"] += llds.item() * (update == 0)
+            for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
+                total[name] += value.item()
+        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+    new_logp, correct, actions = all_logps(model)[0], rewards == 1, is_action.sum().item()
+    per_token = lambda rows: (old_logp[rows].sum() / is_action[rows].sum()).item() if rows.any() else None
+    groups = rewards.view(-1, cfg.group_size)
+    return {
+        "reward": mean(rewards.tolist()),
+        "logp_correct": per_token(correct), "logp_wrong": per_token(~correct),
+        "displaced": mean(((new_logp - old_logp)[correct].sum(1) < 0).tolist()) if correct.any() else None,
+        "entropy": entropy.sum().item() / actions, "searches": searches,
+        **{name: total[name] / updates for name in ("grad_norm", "kl", "llds")},
+        "llds_first": total["llds_first"], "ratio_max": total["ratio_max"],
+        "clip_frac": total["clipped"] / actions / cfg.passes,
+        "llds_gate_frac": total["open_units"] / max(1, total["units"]),
+        "llds_token_frac": total["penalized_tokens"] / max(1, total["preserved_tokens"]),
+        "valid_actions": sum(e.valid_actions for e in episodes) / sum(e.turn for e in episodes),
+        "action_tokens": actions / len(episodes),
+        "zero_std_groups": mean((groups.amax(1) == groups.amin(1)).tolist()),
+    }, (advantages, old_logp, new_logp)
+
+
+# ---------------------------------------------------------------- the models, and the built-in agent
+
+SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
+ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
+
+
+def load_model(cfg, passages, questions):
+    """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
+    if cfg.model == "tiny":
+        words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        words.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "removed", invert=True)
+        texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:cfg.top_k]),
+                 *map(information, zip(passages)), *(q["question"] for q in questions)]
+        words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))
+        tok = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+        model = Qwen2ForCausalLM(Qwen2Config(
+            vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
+            tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
+    else:
+        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32, attn_implementation="sdpa")
+        ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
+        tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
+    return tok, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # eval, always: no dropout
+
+
+def scrambled(passages, questions):
+    """A world in which every name stands for another of its kind, so that only reading helps: its passages, its
+    questions, and its facts, which are {the two names in a passage: that passage's text}."""
+    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
+    other = {}
+    for group in dict.fromkeys(kind.values()):  # names that fit into the same question
+        names = [name for name in kind if kind[name] == group]
+        other.update(zip(names, random.sample(names, len(names))))
+    rename = lambda text: re.sub(r"\w+", lambda word: other.get(word[0], word[0]), text)
+    passages = [{"contents": rename(passage["contents"])} for passage in passages]
+    texts = [passage["contents"].partition("\n")[2] for passage in passages]
+    facts = {frozenset(other.keys() & re.findall(r"\w+", text)): text for text in texts}
+    questions = [dict(q, question=rename(q["question"]), path=[*map(rename, q["path"])]) for q in questions]
+    return passages, questions, facts
+
+
+def demonstrate(env, question, questions, facts):
+    """A scripted episode, imperfect on purpose: searches and quotes, mostly stops after one search, errs."""
+    e, path, thought, name = env.reset(question), question["path"], "", ""
+
+    def act(action):
+        ids = env.encode(action)
+        e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
+        env.respond([e])
+
+    for hop in range(question["hops"]):
+        if hop == 1 and random.random() < 0.7:
+            break
+        if random.random() < 0.1:  # goes after something else
+            path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
+        query = random.choice([path[hop], question["question"].replace(question["path"][hop], path[hop])])
+        act(SEARCH.format(thought=thought, name=path[hop], query=query))
+        thought = facts[frozenset(path[hop:hop + 2])] + " "
+        name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
+    act(ANSWER.format(thought=thought, name=name))
+    return e
+
+
+def warm_start(model, env, passages, questions, cfg):
+    """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
+    if not all("path" in q for q in questions):
+        fail("--warm_steps needs questions with a 'path', from the name asked about to the answer")
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
+    scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
+    env = copy.copy(env)
+    for step in tqdm(range(cfg.warm_steps), desc="warm start", leave=False):
+        if step % 8 == 0:
+            world, asked, facts = scrambled(passages, questions)
+            env.retriever = BM25(world)
+        episodes = [demonstrate(env, random.choice(asked), asked, facts) for _ in range(16)]
+        ids, action_id, _ = pad(episodes, model.device)
+        lengths = [len(e.ids) for e in episodes]
+        for rows in split(lengths, 1, 1, cfg.micro_batch_tokens)[0]:
+            width = max(lengths[row] for row in rows)
+            logp, _ = token_logps(model, ids[rows, :width], action_id[rows, :width])
+            (-logp.sum() / (action_id > 0).sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+
+
+# -------------------------------------------------------------------------------------------- reports
+
+CURVES = ("em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
+STEP_LINE = dict(reward="5.3f", logp_correct="6.3f", logp_wrong="6.3f", entropy="5.3f", displaced="4.2f",
+                 grad_norm="5.2f", llds="7.5f", searches="4.2f", seconds="4.1f", em="5.3f")
+
+
+def evaluate(model, env, questions, cfg):
+    """Greedy episodes -> em (exact match), em by number of hops where known, searches per question."""
+    episodes = rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch)
+    scores = {"em": [e.reward for e in episodes]}
+    for e in episodes:
+        if e.question.get("hops"):
+            scores.setdefault(f"em_{e.question['hops']}hop", []).append(e.reward)
+    scores["em_searches"] = [len(e.searches) for e in episodes]
+    return {name: sum(values) / len(values) for name, values in scores.items()}
+
+
+def show(env, e):
+    """Prints an episode, its tags in colour on a terminal."""
+    colours = {"think": 2, "search": 36, "information": 33, "answer": 32 if e.reward else 31}
+    paint = lambda tag: f"\033[{colours.get(tag[1], 0)}m{tag[0]}\033[0m" if sys.stdout.isatty() else tag[0]
+    print(f"{e.question['question']} -> reward {e.reward:g}")
+    text = env.decode(e.ids[e.action_id.index(1):]).strip()
+    print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, text, flags=re.DOTALL))
+
+
+def show_tokens(env, e, advantage, old_logp, new_logp, cfg):
+    """Prints an episode as a table: what each token is, and its penalty after the step's last update."""
+    ids, action_id, answer_mask = pad([e], "cpu")                                       # (1, T)
+    old_logp, new_logp = (x[None, :ids.shape[1]].cpu() for x in (old_logp, new_logp))
+    weight = 1.0 if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
+    penalty, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantage.cpu()[None], action_id,
+                              cfg.llds_gate, answer_mask, weight, denom=1)
+    penalty.backward()  # where a token fell, the gradient is -gate * answer_weight
+    print("     id action answer advantage old_logp new_logp  gate penalty text")
+    columns = ids, action_id, answer_mask, old_logp, new_logp, new_logp.grad.abs()
+    for i, action, answer, old, new, gate in zip(*(column[0].tolist() for column in columns)):
+        print(f"{i:7} {action:6} {answer:6} {advantage if action else 0:9.2f} {old:8.3f} {new:8.3f} "
+              f"{gate:5.2f} {max(0, old - new) * gate:7.4f} {env.decode([i])!r}")
+
+
+def sparkline(values):
+    """Numbers as a line of at most 60 characters; a gap where there is None."""
+    values = values[::-(-len(values) // 60)]
+    low, high = (f([v for v in values if v is not None], default=0) for f in (min, max))
+    level = lambda v: " " if v is None else "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))]
+    return "".join(map(level, values))
+
+
+def report(runs, before, plot):
+    """Prints what each run began and ended with, and its curves. runs: {lambda: metrics, step by step}."""
+    series = lambda history, name: [(row["step"], row[name]) for row in history if row.get(name) is not None]
+    for llds_lambda, history in runs.items():
+        print(f"\nlambda {llds_lambda:g}")
+        for name in CURVES:
+            values = [value for _, value in series(history, name)] or [float("nan")]
+            print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
+    print("\nheld-out questions" + "".join(f"{name:>12}" for name in before))
+    for label, row in [("before GRPO", before), *((f"lambda {k:g}", rows[-1]) for k, rows in runs.items())]:
+        print(f"{label:18}" + "".join(f"{row[name]:12.3f}" for name in before))
+    if plot:
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
+        for axis, name in zip(axes.flat, CURVES):
+            for llds_lambda, history in runs.items():
+                axis.plot(*zip(*series(history, name)), label=f"lambda {llds_lambda:g}")
+            axis.set(title=name, xlabel="step")
+        axes.flat[0].legend()
+        figure.savefig(plot)
+
+
+# ----------------------------------------------------------------------------------------------- main
+
+def load_questions(path, part):
+    """Questions from jsonl: one a line, or those with the right `split` among the `questions` of a corpus."""
+    rows = load_dataset("json", data_files=path, split="train").to_list()
+    if "questions" in rows[0]:
+        rows = [q for row in rows for q in row["questions"] if q["split"] == part]
+    if not rows or not all(row.get("golden_answers") for row in rows):
+        raise ValueError(f"{path}: no questions for '{part}', or one without 'golden_answers'")
+    return rows
+
+
+def train(model, env, questions, held_out, llds_lambda, out, cfg):
+    """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
+    torch.manual_seed(cfg.seed)
+    shuffle, deck, history = random.Random(cfg.seed), [], []
+    reference = copy.deepcopy(model) if cfg.beta > 0 else None
+    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
+    warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
+    scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
+    model.config.llds = {**asdict(cfg), "llds_lambda": [llds_lambda]}  # part of config.json from the start
+    model.config.save_pretrained(out)
+    with open(out / "metrics.jsonl", "w") as log:
+        for step in range(1, cfg.steps + 1):
+            begin = time.perf_counter()
+            while len(deck) < cfg.questions_per_step:  # every question once, then all again
+                deck += shuffle.sample(questions, len(questions))
+            asked, deck = deck[:cfg.questions_per_step], deck[cfg.questions_per_step:]
+            episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+            sampled = time.perf_counter() - begin
+            metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
+            metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
+                       "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
+            if step % cfg.eval_steps == 0 or step == cfg.steps:
+                metrics.update(evaluate(model, env, held_out, cfg))
+            history.append(metrics)
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            print(f"step {step:4}", *(f" {name} {metrics[name]:{form}}" for name, form in STEP_LINE.items()
+                                      if metrics.get(name) is not None))
+            if step % cfg.sample_every == 0:
+                show(env, episodes[0])
+                if cfg.tokens:
+                    show_tokens(env, episodes[0], *(tensor[0] for tensor in tensors), cfg)
+    model.save_pretrained(out)
+    env.tok.save_pretrained(out)
+    return history
+
+
+def main(argv=None):
+    cfg = parse_config(argv)
+    random.seed(cfg.seed)
+    torch.manual_seed(cfg.seed)
+    try:
+        passages = load_corpus(cfg.corpus)
+        questions = load_questions(cfg.train_data or cfg.corpus, "train")
+        held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
+        tok, model = load_model(cfg, passages, questions + held_out)
+    except (OSError, ValueError) as error:
+        fail(error)
+    env = Environment(tok, BM25(passages), cfg, model.config.max_position_embeddings)
+    if cfg.ask:
+        question = {"question": cfg.ask, "golden_answers": []}
+        return show(env, rollout(model, env, [question], temperature=0.0)[0])
+    out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
+    if out.exists() and any(out.iterdir()):
+        fail(f"--output_dir {out} is not empty")
+    if cfg.warm_steps:
+        warm_start(model, env, passages, questions + held_out, cfg)
+    before = evaluate(model, env, held_out, cfg)
+    print("before GRPO: ", *(f"{name} {value:.3f}" for name, value in before.items()))
+    start, runs = copy.deepcopy(model.state_dict()), {}
+    for llds_lambda in cfg.llds_lambda:
+        folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
+        print(f"\nlambda {llds_lambda:g}: {folder}")
+        model.load_state_dict(start)
+        runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
+    if cfg.steps:
+        report(runs, before, cfg.plot and out / "curves.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: MIT
+"""A search engine small enough to read: Okapi BM25 over a jsonl corpus, in memory.
+
+    >>> engine = BM25(load_corpus("tiny_corpus.jsonl"))
+    >>> engine.search(["capital Paris"], k=1)[0][0]["contents"]
+    '"Paris"\\nParis is the capital city of France.'
+"""
+import gzip
+import json
+import math
+import re
+from collections import Counter
+
+import torch
+
+
+def words(text):
+    """Lower-case words and numbers: the terms of a passage or a query. "Its domain is .fr" -> its, domain, is, fr."""
+    return re.findall(r"\w+", text.lower())
+
+
+def load_corpus(path):
+    """Read passages from jsonl (plain, or gzip when the name ends in .gz), in Search-R1's corpus format: one object
+    a line with at least a string `contents`, which is '"Title"\\ntext'.
+
+    Returns the objects as a list of dicts, in file order. Raises ValueError that names the file and the line.
+    """
+    passages, opener = [], gzip.open if str(path).endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                passage = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            if not isinstance(passage, dict) or not isinstance(passage.get("contents"), str):
+                raise ValueError(f"{path}, line {number}: a passage needs a string field 'contents'")
+            passages.append(passage)
+    if not passages:
+        raise ValueError(f"{path}: the corpus is empty")
+    return passages
+
+
+class BM25:
+    """Okapi BM25 over passages, as an inverted index.
+
+        score(q, d) = sum over the terms t of q of  idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * |d| / avg|d|))
+        idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))                           (never negative)
+
+    tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the query repeats
+    counts each time. Everything but the choice of terms is known when the index is built, so each term keeps
+    two arrays, its passages and what it adds to their scores, and a query only adds up the arrays of its own terms.
+    """
+
+    def __init__(self, passages, k1=1.2, b=0.75):
+        """passages: list of dicts with a string `contents`."""
+        self.passages = passages
+        counts = [Counter(words(passage["contents"])) for passage in passages]
+        lengths = [sum(count.values()) for count in counts]
+        mean_length = sum(lengths) / max(1, len(passages)) or 1.0
+        postings = {}
+        for d, count in enumerate(counts):
+            norm = k1 * (1 - b + b * lengths[d] / mean_length)
+            for term, tf in count.items():
+                ids, weights = postings.setdefault(term, ([], []))
+                ids.append(d)
+                weights.append(tf * (k1 + 1) / (tf + norm))
+        self.index = {}
+        for term, (ids, weights) in postings.items():
+            idf = math.log(1 + (len(passages) - len(ids) + 0.5) / (len(ids) + 0.5))
+            self.index[term] = torch.tensor(ids), torch.tensor(weights, dtype=torch.float64) * idf
+
+    def search(self, queries, k):
+        """The k best passages for each query, best first, as copies with their `score`; ties in corpus order.
+
+        queries: list of str. Returns a list of lists of dicts: fewer than k where fewer passages share a term.
+        """
+        return [self._search(query, k) for query in queries]
+
+    def _search(self, query, k):
+        hits = [self.index[term] for term in words(query) if term in self.index]
+        if not hits:
+            return []
+        ids, where = torch.cat([ids for ids, _ in hits]).unique(return_inverse=True)     # ids ascending
+        scores = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, torch.cat([w for _, w in hits]))
+        best = scores.sort(descending=True, stable=True).indices[:k]                     # stable: corpus order
+        return [dict(self.passages[ids[i]], score=scores[i].item()) for i in best.tolist()]
