@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 from datasets import load_dataset
+from datasets.exceptions import DatasetsError
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -114,8 +115,7 @@ def parse_config(argv=None):
     if model != "tiny":
         file = Path(model) / "config.json"
         run = json.loads(file.read_text()).get("llds", {}) if file.exists() else {}
-        parser.set_defaults(**{name: run.get(name, value) for name, value in REAL_MODEL.items()})
-        parser.set_defaults(warm_steps=0)
+        parser.set_defaults(**{k: run.get(k, v) for k, v in REAL_MODEL.items()} | {"warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
     for name, lowest in [*LOWEST.items(), ("rollout_batch", cfg.group_size)]:
         if not getattr(cfg, name) >= lowest:
@@ -180,7 +180,9 @@ class Environment:
 
     def __init__(self, tok, retriever, cfg, max_length=float("inf")):
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
-        self.template = {"auto": tok.chat_template is not None, "on": True, "off": False}[cfg.chat_template]
+        self.template = cfg.chat_template != "off" and tok.chat_template is not None
+        if cfg.chat_template == "on" and not self.template:
+            raise ValueError("--chat_template on: the tokenizer has no chat template")
         # Only a token with ">" can complete a tag: </search> itself, or the end of a split one: > >\n\n ></
         pieces = tok.batch_decode([[i] for i in range(len(tok))], clean_up_tokenization_spaces=False)
         self.closers = {i for i, piece in enumerate(pieces) if ">" in piece}
@@ -227,12 +229,12 @@ class Environment:
             if not e.done and query is not None:
                 served.append((e, query))
             elif not e.done:
-                self.append(e, self.encode(CORRECTION))
+                self.append(e, self.encode(CORRECTION)[:self.cfg.max_feedback_tokens])
         head, tail = self.encode(OPEN), self.encode(CLOSE)
         found = self.retriever.search([query for _, query in served], self.cfg.top_k)
         for (e, _), passages in zip(served, found):
             e.searches.append([passage["contents"] for passage in passages])
-            room = self.cfg.max_feedback_tokens - len(head) - len(tail)
+            room = max(0, self.cfg.max_feedback_tokens - len(head) - len(tail))
             self.append(e, head + self.encode(information(passages))[:room] + tail)
 
     def append(self, e, feedback):
@@ -373,8 +375,7 @@ def group_advantages(rewards, group_size):
 def action_ids(mask):
     """0/1 mask of action tokens (N, T) -> (N, T) long: the k-th run of ones in a row gets k, the rest 0."""
     mask = mask.long()
-    begins = mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1
-    return begins.cumsum(dim=1) * mask
+    return (mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).cumsum(dim=1) * mask
 
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
@@ -493,8 +494,8 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
     searches = mean([len(e.searches) for e in episodes])
     answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    sizes = cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens
-    plans = [split(lengths, *sizes) for _ in range(cfg.passes)]
+    plans = [split(lengths, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
+             for _ in range(cfg.passes)]
 
     def logps(model, rows):
         width = max(lengths[row] for row in rows)
@@ -561,8 +562,8 @@ ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
 def load_model(cfg, passages, questions):
     """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
     if cfg.model == "tiny":
-        words = Tokenizer(models.WordLevel(unk_token="<unk>"))
-        words.pre_tokenizer = pre_tokenizers.Split(Regex(r"</?\w+>|\w+|[^\w\s]"), "removed", invert=True)
+        words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(TAG.pattern + r"|\w+|[^\w\s]")
+        words.pre_tokenizer = pre_tokenizers.Split(word, "removed", invert=True)
         texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:cfg.top_k]),
                  *map(information, zip(passages)), *(q["question"] for q in questions)]
         words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))
@@ -572,15 +573,15 @@ def load_model(cfg, passages, questions):
             num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
             tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
     else:
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
     return tok, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # eval, always: no dropout
 
 
 def scrambled(passages, questions):
-    """A world in which every name stands for another of its kind, so that only reading helps: its passages, its
-    questions, and its facts, which are {the two names in a passage: that passage's text}."""
+    """A world in which each name stands for another of its kind, so that only reading helps. Returns its
+    passages, its questions and its facts {the two names in a passage: the passage's text}."""
     kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
     other = {}
     for group in dict.fromkeys(kind.values()):  # names that fit into the same question
@@ -649,12 +650,11 @@ STEP_LINE = dict(reward="5.3f", logp_correct="6.3f", logp_wrong="6.3f", entropy=
 
 def evaluate(model, env, questions, cfg):
     """Greedy episodes -> em (exact match), em by number of hops where known, searches per question."""
-    episodes = rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch)
-    scores = {"em": [e.reward for e in episodes]}
-    for e in episodes:
-        if e.question.get("hops"):
-            scores.setdefault(f"em_{e.question['hops']}hop", []).append(e.reward)
-    scores["em_searches"] = [len(e.searches) for e in episodes]
+    scores = defaultdict(list)
+    for e in rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch):
+        for name in ("em", f"em_{e.question['hops']}hop") if e.question.get("hops") else ("em",):
+            scores[name].append(e.reward)
+        scores["em_searches"].append(len(e.searches))
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
@@ -683,11 +683,9 @@ def show_tokens(env, e, advantage, old_logp, new_logp, cfg):
 
 
 def sparkline(values):
-    """Numbers as a line of at most 60 characters; a gap where there is None."""
-    values = values[::-(-len(values) // 60)]
-    low, high = (f([v for v in values if v is not None], default=0) for f in (min, max))
-    level = lambda v: " " if v is None else "▁▂▃▄▅▆▇█"[int(7 * (v - low) / (high - low or 1))]
-    return "".join(map(level, values))
+    """Numbers as a line of at most 60 characters."""
+    values, low, high = values[::-(-len(values) // 60)], min(values), max(values)
+    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
 
 
 def report(runs, before, plot):
@@ -696,8 +694,8 @@ def report(runs, before, plot):
     for llds_lambda, history in runs.items():
         print(f"\nlambda {llds_lambda:g}")
         for name in CURVES:
-            values = [value for _, value in series(history, name)] or [float("nan")]
-            print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
+            if values := [value for _, value in series(history, name)]:
+                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
     print("\nheld-out questions" + "".join(f"{name:>12}" for name in before))
     for label, row in [("before GRPO", before), *((f"lambda {k:g}", rows[-1]) for k, rows in runs.items())]:
         print(f"{label:18}" + "".join(f"{row[name]:12.3f}" for name in before))
@@ -706,7 +704,8 @@ def report(runs, before, plot):
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
         for axis, name in zip(axes.flat, CURVES):
             for llds_lambda, history in runs.items():
-                axis.plot(*zip(*series(history, name)), label=f"lambda {llds_lambda:g}")
+                if points := series(history, name):
+                    axis.plot(*zip(*points), label=f"lambda {llds_lambda:g}")
             axis.set(title=name, xlabel="step")
         axes.flat[0].legend()
         figure.savefig(plot)
@@ -716,7 +715,10 @@ def report(runs, before, plot):
 
 def load_questions(path, part):
     """Questions from jsonl: one a line, or those with the right `split` among the `questions` of a corpus."""
-    rows = load_dataset("json", data_files=path, split="train").to_list()
+    try:
+        rows = load_dataset("json", data_files=path, split="train").to_list()
+    except (DatasetsError, StopIteration) as error:
+        raise ValueError(f"{path}: cannot be read as jsonl. {error}") from None
     if "questions" in rows[0]:
         rows = [q for row in rows for q in row["questions"] if q["split"] == part]
     if not rows or not all(row.get("golden_answers") for row in rows):
@@ -770,9 +772,9 @@ def main(argv=None):
         questions = load_questions(cfg.train_data or cfg.corpus, "train")
         held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
         tok, model = load_model(cfg, passages, questions + held_out)
+        env = Environment(tok, BM25(passages), cfg, model.config.max_position_embeddings)
     except (OSError, ValueError) as error:
         fail(error)
-    env = Environment(tok, BM25(passages), cfg, model.config.max_position_embeddings)
     if cfg.ask:
         question = {"question": cfg.ask, "golden_answers": []}
         return show(env, rollout(model, env, [question], temperature=0.0)[0])

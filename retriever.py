@@ -26,12 +26,12 @@ def load_corpus(path):
     Returns the objects as a list of dicts, in file order. Raises ValueError that names the file and the line.
     """
     passages, opener = [], gzip.open if str(path).endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8") as file:
+    with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 passage = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            except ValueError as error:  # not JSON, or not UTF-8
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(passage, dict) or not isinstance(passage.get("contents"), str):
                 raise ValueError(f"{path}, line {number}: a passage needs a string field 'contents'")
             passages.append(passage)
