@@ -1,0 +1,946 @@
+# SPDX-License-Identifier: MIT
+"""Stories about llds.py and retriever.py: first the maths, with numbers to check by hand, then the rest.
+
+The oracle of the rollouts is play(): one episode, one token at a time, the whole context read anew.
+"""
+import copy
+import gzip
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from functools import cache, partial
+from itertools import accumulate, chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+import llds
+from retriever import BM25, load_corpus, words
+
+torch.set_num_threads(1)
+GATES = ("token", "response", "action")
+COUNTS = ("preserved_tokens", "penalized_tokens", "units", "open_units")
+LOSSES = {"policy": lambda logp, b, **kw: llds.policy_loss(logp, b.other, b.adv, b.mask, **kw),
+          "kl": lambda logp, b, **kw: (llds.kl_penalty(logp, b.other, b.mask, **kw), {})}
+for _gate in GATES:
+    LOSSES[_gate] = lambda logp, b, gate=_gate, weight=0.3, **kw: llds.llds_penalty(
+        logp, b.other, b.adv, b.ids, gate=gate, answer_mask=b.answer, answer_weight=weight, **kw)
+every_loss = pytest.mark.parametrize("name", LOSSES)
+
+
+def solve(loss, b, **kw):
+    """Value, gradient on logp and counts of one loss; no gradient at all counts as zeros."""
+    leaf = b.logp.clone().requires_grad_()
+    value, info = loss(leaf, b, **kw)
+    assert value.dim() == 0
+    if value.requires_grad:
+        value.backward()
+    grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+    return value.detach(), grad, {k: int(info[k]) for k in COUNTS if k in info}
+
+
+def near(got, want, rtol=1e-5, atol=1e-6):
+    got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
+    torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def batch(ids, logp, other, adv, answer):
+    ids = torch.tensor(ids)
+    return SimpleNamespace(ids=ids, mask=ids > 0, logp=torch.tensor(logp), other=torch.tensor(other),
+                           adv=torch.tensor(adv), answer=torch.tensor(answer))
+
+
+def story():
+    """Four rollouts, exact in binary. 9 stands on prompt, feedback and padding: it must never count.
+
+    row  A     Delta by action    sums        response   answer tokens
+    0    +1    (1, -.5)(.5, -2)   .5, -1.5    -1         (.5, -2)
+    1     0    (1, 0)(.5, -1)     1, -.5      .5         (.5, -1); no feedback before this action
+    2    -1    (2, 1)(1)          3, 1        4          (1); not preserved
+    3    +.5   (-1, 1.5)          .5          .5         (1.5)
+    """
+    ids = [[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 2, 2, 0, 0], [0, 1, 1, 0, 2, 0, 0], [0, 0, 1, 1, 0, 0, 0]]
+    delta = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9],
+             [9, 9, -1, 1.5, 9, 9, 9]]
+    answer = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
+    logp = [[-2. - d for d in row] for row in delta]
+    return batch(ids, logp, [[-2.] * 7] * 4, [1., 0., -1., .5], answer)
+
+
+def random_batch(seed, rows=5):
+    """Ragged, feedback at times empty, masks of three types; eighths make sums exact and ties frequent."""
+    rng, ids = random.Random(seed), []
+    for _ in range(rows):
+        ids.append([0] * rng.randint(0, 2))
+        for k in range(1, rng.randint(1, 3) + 1):
+            ids[-1] += [k] * rng.randint(1, 3) + [0] * rng.randint(0, 2)
+    width = max(map(len, ids)) + 1
+    ids = [row + [0] * (width - len(row)) for row in ids]
+    other = [[rng.randint(-24, -8) / 8 for _ in row] for row in ids]
+    logp = [[x + rng.randint(-4, 4) / 8 for x in row] for row in other]
+    answer = [[int(k in (0, max(row)) and rng.random() < .6) for k in row] for row in ids]
+    signs = [-.5, 0., 2.] + [rng.choice([-1.5, -.5, 0., .5, 2.]) for _ in range(rows)]
+    b = batch(ids, logp, other, rng.sample(signs[:rows], rows), answer)
+    dtype = (torch.bool, torch.int64, torch.float32)[seed % 3]
+    b.mask, b.answer = b.mask.to(dtype), b.answer.to(dtype)
+    return b
+
+
+# 1. By hand
+BY_HAND = {  # gate: tokens penalised in full, as answer; units, open ones; value for answer weights 1, .3, 0
+    # (1 + 1 + (.5 + .5 + 1.5) w) / 10, for 4 + 4 + 2 preserved tokens
+    "token": ([(0, 1), (1, 1)], [(0, 4), (1, 3), (3, 3)], 10, 5, {1.: .45, .3: .275, 0.: .2}),
+    # rows 1 and 3 are open: (1 + (.5 + 1.5) w) / 10
+    "response": ([(1, 1)], [(1, 3), (3, 3)], 3, 2, {1.: .3, .3: .16, 0.: .1}),
+    # the first action of rows 0, 1 and 3 is open: (1 + 1 + 1.5 w) / 10
+    "action": ([(0, 1), (1, 1)], [(3, 3)], 5, 3, {1.: .35, .3: .245, 0.: .2}),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("weight", [0., .3, 1.])
+def test_the_story_by_hand(gate, weight):
+    """Gradient -weight / 10 where penalised; 0 in closed units, at ties, rises, feedback and for A < 0."""
+    b, (full, as_answer, units, opened, values) = story(), BY_HAND[gate]
+    want = torch.zeros(4, 7)
+    for place in full + as_answer:
+        want[place] = -.1 if place in full else -.1 * weight
+    loss, grad, info = solve(LOSSES[gate], b, weight=weight)
+    near(loss, values[weight])
+    near(grad, want)
+    assert torch.equal(grad == 0, want == 0)
+    assert info == {"preserved_tokens": 10, "penalized_tokens": len(full) + len(as_answer) * (weight > 0),
+                    "units": units, "open_units": opened}
+    near(solve(LOSSES[gate], b, weight=weight, denom=40)[0], values[weight] / 4)  # in place of the 10
+
+
+@pytest.mark.parametrize("gate, value", [("token", .5), ("response", 0.), ("action", 0.)])
+def test_a_unit_whose_sum_is_exactly_zero_stays_closed(gate, value):
+    """Delta = (1, -1): the gate asks for a sum above 0. Only the token gate counts the 1: 1 / 2."""
+    b = batch([[1, 1]], [[-2., 0.]], [[-1., -1.]], [1.], [[0, 0]])
+    loss, grad, info = solve(LOSSES[gate], b)
+    assert loss == value and grad.tolist() == [[-value, 0.]] and info["open_units"] == (gate == "token")
+
+
+@pytest.mark.parametrize("wrong", [
+    {"gate": "turn"}, {"gate": None}, {"answer_weight": 1.01}, {"answer_weight": -.01},
+    {"answer_mask": None, "answer_weight": .5}, {"answer_mask": None, "answer_weight": 0.}], ids=str)
+def test_unusable_options_are_refused_and_the_defaults_are_the_response_gate(wrong):
+    b = story()
+    near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
+    with pytest.raises(ValueError):
+        llds.llds_penalty(b.logp, b.other, b.adv, b.ids, **{"answer_mask": b.answer, **wrong})
+
+
+def test_policy_loss_by_hand():
+    """A = +1: min(1.5, 1.2) = 1.2 clipped, min(.5, .8) = .5. A = -2: min(-1, -1.6) = -1.6 clipped, -2.2.
+
+    -(1.2 + .5 - 1.6 - 2.2) / 4 = .525 and gradient -A ratio / 4 unless clipped: a mean over tokens, not rows.
+    """
+    ratios = torch.tensor([[7., 1.5, .5, 7.], [7., .5, 1.1, 7.]])
+    b = batch([[0, 1, 1, 0], [0, 1, 1, 0]], ratios.log().tolist(), [[0.] * 4] * 2, [1., -2.], [[0] * 4] * 2)
+    loss, grad, _ = solve(LOSSES["policy"], b)
+    near(loss, .525)
+    near(grad, [[0, 0, -.125, 0], [0, 0, .55, 0]])
+    b.mask[0, 1] = False                                 # now rows of 1 and 2 tokens: -(.5 - 1.6 - 2.2) / 3
+    near(solve(LOSSES["policy"], b)[0], 1.1)
+    near(solve(LOSSES["policy"], b, clip=.6)[0], .9)     # nothing is clipped any more: -(.5 - 1 - 2.2) / 3
+    near(solve(LOSSES["policy"], b, denom=6)[0], .55)
+
+
+def test_kl_penalty_by_hand():
+    """r = ref - new = ln 2 gives 2 - ln 2 - 1, -ln 2 gives .5 + ln 2 - 1; gradient (1 - e^r) / 2."""
+    half = math.log(2)
+    b = batch([[0, 1, 1, 0]], [[0., -half, half, 0.]], [[5., 0., 0., 5.]], [1.], [[0] * 4])
+    loss, grad, _ = solve(LOSSES["kl"], b)
+    near(loss, .25)                                      # (1 - ln 2 - .5 + ln 2) / 2
+    near(grad, [[0, -.5, .25, 0]])
+    near(solve(LOSSES["kl"], b, denom=5)[0], .1)
+
+
+# 2. The first update
+@pytest.mark.parametrize("name", GATES + ("kl",))
+def test_exactly_nothing_while_new_equals_old(name):
+    """relu(0) passes no gradient: the penalty cannot act before the second update on the same rollouts."""
+    b = random_batch(1)
+    b.logp = b.other.clone()
+    for options in [{}] if name == "kl" else [{"weight": 0.}, {"weight": .3}, {"weight": 1.}]:
+        loss, grad, info = solve(LOSSES[name], b, **options)
+        assert loss == 0 and not grad.any()
+        assert info.get("open_units", 0) == info.get("penalized_tokens", 0) == 0
+
+
+# 3. Micro-batches
+@every_loss
+@pytest.mark.parametrize("sizes", [[1] * 7, [4, 3], [1, 3, 2, 1], [6, 1]], ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_micro_batches_add_up_to_the_mini_batch(name, sizes, seed):
+    """Pieces cut to their own width, divided by the mini-batch's token count, give its loss and gradient."""
+    b = random_batch(seed, rows=7)
+    loss, grad, info = solve(LOSSES[name], b)
+    tokens = b.mask[b.adv >= 0].sum() if name in GATES else b.mask.sum()
+    value, pieces, counts, start = 0., torch.zeros_like(grad), dict.fromkeys(info, 0), 0
+    for size in sizes:
+        rows = slice(start, start + size)
+        width = int(b.mask[rows].any(0).nonzero().max()) + 1
+        part = SimpleNamespace(**{k: v[rows] if k == "adv" else v[rows, :width] for k, v in vars(b).items()})
+        one, one_grad, one_info = solve(LOSSES[name], part, denom=int(tokens))
+        value, start = value + one, start + size
+        pieces[rows, :width] += one_grad
+        counts = {k: counts[k] + one_info[k] for k in counts}
+    near(value, loss)
+    near(pieces, grad)
+    assert counts == info
+
+
+# 4. Poison and emptiness
+@every_loss
+@pytest.mark.parametrize("fields", ["logp", "other", "answer", "logp other answer"])
+@pytest.mark.parametrize("poison", [math.inf, -math.inf, math.nan, 3e38, -3e38], ids=str)
+def test_poison_at_masked_positions_goes_nowhere(name, fields, poison):
+    """Prompt, feedback and padding may hold anything, whatever the sign of A; inputs stay as they are."""
+    b = random_batch(5)
+    assert (b.adv < 0).any() and (b.adv > 0).any() and (b.ids == 0).any()
+    b.answer = b.answer.float()
+    clean_loss, clean_grad, clean_info = solve(LOSSES[name], b)
+    for field in fields.split():
+        getattr(b, field)[b.ids == 0] = poison
+    before = copy.deepcopy(b)
+    loss, grad, info = solve(LOSSES[name], b)
+    assert loss.isfinite() and torch.equal(loss, clean_loss) and info == clean_info
+    assert torch.equal(grad, clean_grad) and not grad[b.ids == 0].any()
+    for key, value in vars(b).items():
+        near(value, getattr(before, key), 0, 0)
+
+
+@pytest.mark.parametrize("denom", [None, 0, 5])
+@pytest.mark.parametrize("name, empty", [(k, "mask") for k in LOSSES] + [(k, "set") for k in GATES])
+def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty, denom):
+    """A loss of 0 that can go backward, never 0 / 0, even where all that is there is NaN."""
+    b = story()
+    b.adv = torch.tensor([-1., -.5, -1e-6, -3.])
+    if empty == "mask":
+        b.mask[:], b.ids[:], b.adv[:], b.logp[:], b.other[:] = False, 0, 1., math.nan, math.nan
+    leaf = b.logp.clone().requires_grad_()
+    loss, info = LOSSES[name](leaf, b, denom=denom)
+    assert loss.requires_grad and loss == 0
+    loss.backward()
+    assert torch.equal(leaf.grad, torch.zeros_like(leaf))
+    assert not any(info[k] for k in COUNTS if name in GATES and k != "units")
+
+
+# 5. The equations as slow loops
+def places(b):
+    return [(i, t) for i in range(b.ids.size(0)) for t in range(b.ids.size(1)) if b.ids[i, t] > 0]
+
+
+def slow_policy(logp, b, clip=.2):
+    gains = []
+    for i, t in places(b):
+        ratio, a = (logp[i, t] - b.other[i, t]).exp(), b.adv[i]
+        gains.append(min(ratio * a, ratio.clamp(1 - clip, 1 + clip) * a))
+    return -sum(gains) / len(gains), {}
+
+
+def slow_kl(logp, b):
+    terms = [(b.other[i, t] - logp[i, t]).exp() - (b.other[i, t] - logp[i, t]) - 1 for i, t in places(b)]
+    return sum(terms) / len(terms), {}
+
+
+def slow_llds(logp, b, gate, weight):
+    """v2 eq. 9 (token), 10 (response), 4 (action), 5 (answer weight), loop by loop."""
+    total, n = 0 * logp.sum(), dict.fromkeys(COUNTS, 0)
+    unit_of = {"token": lambda i, t: t, "response": lambda i, t: 0, "action": lambda i, t: b.ids[i, t].item()}
+    for i in range(len(b.adv)):
+        tokens = [t for j, t in places(b) if j == i and b.adv[i] >= 0]
+        n["preserved_tokens"] += len(tokens)
+        for unit in sorted({unit_of[gate](i, t) for t in tokens}):
+            delta = {t: b.other[i, t] - logp[i, t] for t in tokens if unit_of[gate](i, t) == unit}
+            n["units"] += 1
+            if sum(d.item() for d in delta.values()) <= 0:
+                continue
+            n["open_units"] += 1
+            for t, d in delta.items():
+                share = weight if b.answer[i, t] else 1.
+                if d > 0:
+                    total = total + share * d
+                    n["penalized_tokens"] += share > 0
+    return total / max(1, n["preserved_tokens"]), n
+
+
+@every_loss
+@pytest.mark.parametrize("seed", range(12))
+def test_random_cases_agree_with_the_slow_loops(name, seed):
+    """Value, counts and gradient (autograd of the loop in float64) on ragged batches."""
+    b = random_batch(100 + seed, rows=1 + seed % 6)
+    exact = SimpleNamespace(**{k: v.double() if v.is_floating_point() else v for k, v in vars(b).items()})
+    slow, options = {"policy": (slow_policy, [{"clip": .1}, {"clip": .2}]), "kl": (slow_kl, [{}])}.get(
+        name, (partial(slow_llds, gate=name), [{"weight": 0.}, {"weight": .3}, {"weight": 1.}]))
+    for option in options:
+        loss, grad, info = solve(LOSSES[name], b, **option)
+        want_loss, want_grad, want_info = solve(slow, exact, **option)
+        near(loss, want_loss)
+        near(grad, want_grad)
+        assert info == want_info
+
+
+# 6. Advantages and action numbers
+def test_group_advantages_by_hand():
+    """(0, 0, 1, 3): mean 1, sample std sqrt((1 + 1 + 0 + 4) / 3); (5, 5, 5, 9): mean 6, sample std 2."""
+    rewards = torch.tensor([0., 0., 1., 3., 5., 5., 5., 9.])
+    root = math.sqrt(2)
+    near(llds.group_advantages(rewards, 4), [-1 / root, -1 / root, 0, 2 / root, -.5, -.5, -.5, 1.5])
+    # In pairs: no spread, or half the gap by which they differ over gap / sqrt 2.
+    near(llds.group_advantages(rewards, 2), [0, 0, -1 / root, 1 / root, 0, 0, -1 / root, 1 / root])
+    # 1e-6 joins the std: +-5e-7 / (7.0711e-7 + 1e-6) = +-.29289
+    near(llds.group_advantages(torch.tensor([0., 1e-6]), 2), [-.29289, .29289], atol=1e-4)
+    assert rewards.tolist() == [0., 0., 1., 3., 5., 5., 5., 9.]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7, 11])
+@pytest.mark.parametrize("reward", [0., 1., .1, .3, .7, -.1, 1e-7, 1234.567])
+def test_a_group_without_spread_gets_exactly_zero(reward, size):
+    """A mean rounded upwards would make A slightly negative and throw the group out of the preserving set."""
+    rewards = torch.tensor([reward] * size + list(range(size)))
+    assert llds.group_advantages(rewards, size)[:size].tolist() == [0.] * size
+
+
+def test_action_ids_by_hand():
+    """Runs at both borders, of one token, of a whole row, none; the end of a row does not join the next."""
+    mask = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 0, 1, 1, 0, 1], [1, 1, 0, 0, 0, 1], [1] * 6, [0] * 6])
+    want = [[0, 1, 1, 0, 2, 0], [1, 0, 2, 2, 0, 3], [1, 1, 0, 0, 0, 2], [1] * 6, [0] * 6]
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        ids = llds.action_ids(mask.to(dtype))
+        assert ids.tolist() == want and not ids.is_floating_point()
+    assert mask[0].tolist() == [0, 1, 1, 0, 1, 0]
+
+
+# 7. A gallery of mistakes
+def peer(new, b, gate, weight=.3, **wrong):
+    """Ours once more, in other words. A mistake swaps exactly one of the named parts."""
+    delta = wrong.get("old", b.other) - wrong.get("policy", new)
+    keep = wrong.get("keep", b.adv >= 0)[:, None] & b.mask
+    weights = wrong.get("weights", torch.where(b.answer > 0, weight, 1.))
+    seen = wrong.get("seen", lambda delta, weights: delta * b.mask)(delta, weights)
+    sums = (wrong.get("same", same_unit(b, gate)).float() @ seen[:, :, None]).squeeze(2)
+    is_open = wrong.get("is_open", lambda sums: (sums > 0).float())(sums)
+    penalty = keep * is_open * weights * wrong.get("relu", torch.relu)(delta)
+    return (penalty / wrong.get("count", lambda keep, penalty: keep.sum())(keep, penalty)).sum(), {}
+
+
+def same_unit(b, gate):
+    """same[i, t, u]: do tokens t and u of row i pass the gate together?"""
+    ids = {"token": torch.arange(b.ids.size(1)).expand_as(b.ids), "response": b.mask, "action": b.ids,
+           "runs": llds.action_ids(b.mask)}[gate]
+    return (ids[:, :, None] == ids[:, None, :]) & b.mask[:, None, :]
+
+
+def mistakes(new, b):
+    """Told apart from our action gate when the name speaks of it, otherwise from our response gate."""
+    return dict(
+        wrong_old_policy_frozen_reference=dict(old=b.other + .5),
+        wrong_old_policy_inference_engine=dict(old=b.other + .01 * b.ids),
+        wrong_old_policy_snapshot_in_the_same_call=dict(old=new.detach()),
+        missing_old_log_probs_padded_with_zero=dict(old=b.other * (b.adv > 0)[:, None]),
+        never_called_or_coefficient_ignored=dict(count=lambda keep, penalty: math.inf),
+        detached_no_gradient=dict(policy=new.detach()),
+        mean_over_penalized_tokens_only=dict(count=lambda keep, penalty: (penalty > 0).sum()),
+        mean_over_open_responses_only=dict(count=lambda keep, penalty: keep[(penalty > 0).any(1)].sum()),
+        divides_by_all_action_tokens=dict(count=lambda keep, penalty: b.mask.sum()),
+        answer_left_out_of_the_denominator=dict(count=lambda keep, penalty: keep[b.answer == 0].sum()),
+        mean_of_row_means=dict(count=lambda keep, penalty: keep.sum(1, True).clamp(1) * keep.any(1).sum()),
+        sum_instead_of_mean=dict(count=lambda keep, penalty: 1),
+        missing_action_gate=dict(same=same_unit(b, "token")),
+        missing_response_gate=dict(same=same_unit(b, "token")),
+        action_gate_is_the_response_gate=dict(same=same_unit(b, "response")),
+        action_gate_on_contiguous_runs=dict(same=same_unit(b, "runs")),
+        gate_sum_unmasked=dict(same=torch.ones(4, 7, 7), seen=lambda delta, weights: delta),
+        gate_weighted_by_the_answer_weight=dict(seen=lambda delta, weights: delta * weights * b.mask),
+        gate_passes_gradient=dict(is_open=lambda sums: sums.relu() / sums.detach().abs().clamp(1e-9)),
+        missing_advantage_filter=dict(keep=b.adv > -math.inf),
+        advantage_filter_reads_the_prompt_column=dict(keep=(b.adv[:, None] * b.mask)[:, 0] >= 0),
+        inverted_filter_nonzero_advantage=dict(keep=b.adv != 0),
+        strict_filter_drops_zero_advantage=dict(keep=b.adv > 0),
+        answer_mask_unwired=dict(weights=torch.ones(4, 7)),
+        answer_mask_inverted=dict(weights=torch.where(b.answer > 0, 1., .3)),
+        answer_weight_capped_by_the_coefficient=dict(weights=torch.where(b.answer > 0, .1, 1.)),
+        maximum_shares_the_tie=dict(relu=lambda delta: torch.maximum(delta, torch.tensor(0.))),
+        clamp_passes_the_tie=dict(relu=lambda delta: delta.clamp(min=0)),
+        rises_pay_for_falls=dict(relu=lambda delta: delta))
+
+
+@pytest.mark.parametrize("mistake", mistakes(story().logp, story()))
+def test_every_mistake_shows(mistake):
+    """The peer agrees with us on the story; with one wrong part it leaves our loss or our gradient."""
+    b, gate = story(), "action" if "action_gate" in mistake else "response"
+    ours, right = solve(LOSSES[gate], b), solve(peer, b, gate=gate)
+    wrong = solve(lambda new, b: peer(new, b, gate, **mistakes(new, b)[mistake]), b)
+    near(right[0], ours[0])
+    near(right[1], ours[1])
+    assert wrong[0].isfinite() and wrong[1].isfinite().all()
+    assert abs(wrong[0] - ours[0]) > 1e-3 or (wrong[1] - ours[1]).abs().max() > 1e-3
+
+
+def test_the_losses_run_alone():
+    """The copy-paste zone, pasted into an empty file that imports torch."""
+    source = Path(llds.__file__).read_text(encoding="utf-8")
+    zone, pasted = source.partition("copy from here ...")[2].partition("# ---")[0], {"torch": torch}
+    exec(zone, pasted)
+    b = story()
+    for gate in GATES:
+        assert pasted["llds_penalty"](b.logp, b.other, b.adv, b.ids, gate)[0] == llds.llds_penalty(
+            b.logp, b.other, b.adv, b.ids, gate)[0] > 0
+    assert {"group_advantages", "action_ids", "policy_loss", "kl_penalty"} < set(pasted)
+
+
+PASSAGES = load_corpus(Path(llds.__file__).with_name("tiny_corpus.jsonl"))
+QUESTIONS = [question for passage in PASSAGES for question in passage["questions"]]
+END, START = "<|im_end|>", "<|im_start|>"
+
+
+def texts(*contents):
+    return [{"contents": content} for content in contents]
+
+
+# --------------------------------------------------------------------------------- search engine and corpus
+
+def test_bm25_by_hand():
+    """Lengths 1, 2, 2, 3, mean 2: 1.2 * (.25 + .75 * length / 2) = .75, 1.2, 1.2, 1.65; k1 + 1 = 2.2.
+    idf: red stands in 3 of 4 passages, ln(1 + 1.5 / 3.5) = ln(10/7); fox in 2, ln(1 + 2.5 / 2.5) = ln 2."""
+    engine = BM25(texts("Red!", "red fox", "blue fox", "red, red hen"))
+    red, fox = math.log(10 / 7), math.log(2)
+    short, twice = red * 2.2 / (1 + .75), red * 2 * 2.2 / (2 + 1.65)      # .448, .430; red in passage 1: .357
+    stories = {"fox": [(1, fox), (2, fox)],                                # a tie: in corpus order
+               "RED": [(0, short), (3, twice), (1, red)],
+               "red fox": [(1, red + fox), (2, fox), (0, short), (3, twice)],
+               "fox fox": [(1, 2 * fox), (2, 2 * fox)],                    # a repeated term counts each time
+               "foxes owl": [], "?!": []}                                  # no hit without a shared term
+    for k in (9, 1):                                                       # 9: more than there are
+        for (query, want), hits in zip(stories.items(), engine.search(stories, k), strict=True):
+            assert [hit["contents"] for hit in hits] == [engine.passages[i]["contents"] for i, _ in want[:k]]
+            assert [hit["score"] for hit in hits] == pytest.approx([score for _, score in want[:k]]), query
+    assert BM25(texts("a", "a b")).search(["a"], 2)[0][1]["score"] > 0     # idf of a word that is everywhere
+    assert engine.passages[0] == {"contents": "Red!"}                      # scores stay out of the corpus
+
+
+def test_bm25_equals_its_formula_spelled_out():
+    docs, queries = [words(p["contents"]) for p in PASSAGES], [q["question"] for q in QUESTIONS[::29]]
+    mean = sum(map(len, docs)) / len(docs)
+    for query, hits in zip(queries, BM25(PASSAGES).search(queries, k=7), strict=True):
+        scores = [0.0] * len(docs)
+        for t in words(query):
+            df = sum(t in doc for doc in docs)
+            for d, doc in enumerate(docs):
+                tf, norm = doc.count(t), 1.2 * (1 - .75 + .75 * len(doc) / mean)
+                scores[d] += math.log(1 + (len(docs) - df + .5) / (df + .5)) * tf * 2.2 / (tf + norm)
+        best = sorted(range(len(docs)), key=lambda d: (-round(scores[d], 9), d))[:7]
+        assert [hit["id"] for hit in hits] == [PASSAGES[d]["id"] for d in best]
+        assert [hit["score"] for hit in hits] == pytest.approx([scores[d] for d in best])
+
+
+@pytest.mark.parametrize("bad", [b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b"", b'{"contents": "\xff"}'])
+def test_load_corpus_reads_plain_and_gz_and_names_a_bad_line(tmp_path, bad):
+    path, good = tmp_path / "c.jsonl", '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
+    path.write_bytes(good)
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(good))
+    for name in (path, f"{path}.gz"):
+        assert load_corpus(name) == [{"contents": '"É"\ntext'}, {"contents": "é", "id": 0}]
+    path.write_bytes(good + bad + b"\n" + good)
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 3: "):
+        load_corpus(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.jsonl: .*empty"):
+        load_corpus(path)
+
+
+def test_what_the_corpus_promises():
+    """Sizes, ids, answers that stand in it, and a split by fact: two neighbours on a question's path."""
+    assert len(PASSAGES) >= 150 and len({passage["id"] for passage in PASSAGES}) == len(PASSAGES)
+    assert len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)       # no question has two answers
+    for hops, least in ((1, 300), (2, 150)):
+        splits = [q["split"] for q in QUESTIONS if q["hops"] == hops]
+        assert len(splits) >= least and splits.count("test") >= .2 * len(splits)
+    facts = {"train": set(), "test": set()}
+    for q in QUESTIONS:
+        path, asked = q["path"], re.findall(r"\w+", q["question"])
+        facts[q["split"]] |= {frozenset(pair) for pair in zip(path, path[1:])}
+        assert len(path) == q["hops"] + 1 and path[-1] in q["golden_answers"]
+        assert path[0] in asked and not set(path[1:]) & set(asked)         # neither link nor answer
+    assert not facts["train"] & facts["test"]
+    passages = [set(re.findall(r"\w+", passage["contents"])) for passage in PASSAGES]
+    assert all(any(fact <= passage for passage in passages) for fact in chain(*facts.values()))
+
+
+def test_two_hop_questions_need_two_searches():
+    """No passage holds both ends of the path. Searched as it is, the question finds its first fact, and its
+    second only by the luck of a tie, which goes in corpus order (3 of 222)."""
+    asked, names = [q for q in QUESTIONS if q["hops"] == 2], lambda p: set(re.findall(r"\w+", p["contents"]))
+    found = BM25(PASSAGES).search([q["question"] for q in asked], llds.Config().top_k)
+    holds = lambda q, i, j, passages: any({q["path"][i], q["path"][j]} <= names(p) for p in passages)
+    assert not any(holds(q, 0, 2, PASSAGES) for q in asked)
+    assert all(holds(q, 0, 1, passages) for q, passages in zip(asked, found))
+    assert sum(holds(q, 1, 2, passages) for q, passages in zip(asked, found)) < .02 * len(asked)
+
+
+# ---------------------------------------------------------------------------------------------- the episode
+
+def test_answers_by_example():
+    assert llds.normalize_answer(" The  Cat, a DOG & an owl's\tnest! ") == "cat dog owls nest"
+    assert llds.exact_match("the PARIS.", ["Rome", "Paris"]) == llds.exact_match("Theatre", ["theatre"]) == 1
+    assert llds.exact_match("Paris, France", ["Paris"]) == llds.exact_match("Paris", []) == 0
+    for text, answer in {"<answer> Paris </answer>": "Paris", "<answer></answer>": "", "<answer> Paris": None,
+                         "Paris </answer>": None, "</answer><answer> Paris </answer>": None, "": None,
+                         "<answer> a <answer> b </answer> c </answer>": "b", "<answer>a\nb</answer>": "a\nb",
+                         "<answer>a</answer><answer>b</answer>": "a", "<Answer>a</Answer>": None}.items():
+        assert llds.extract_answer(text) == answer, text
+    assert llds.between("search", "<think> <search> a </think> <search> b </search>") == "b"
+
+
+@cache
+def bpe():
+    """Qwen's habits: </search>\\n\\n is </, search, >\\n\\n; the > of a tag merges with the next tag's </."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r" ?\p{L}+|[^\s\p{L}]+\n*|\s+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = decoders.ByteLevel()
+    some = "<search> capital of France </search>\n\n<information></information>\n\n<answer></answer></answer>"
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=[END, START], show_progress=False)
+    model.train_from_iterator([some] * 3 + [llds.CORRECTION], trainer)
+    tok = PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END)
+    assert tok.tokenize("</search>\n\n" + END) == ["</", "search", ">ĊĊ", END]
+    assert tok.tokenize("></") == ["></"]
+    return tok
+
+
+def built_in():
+    return llds.load_model(llds.Config(), PASSAGES[:6], QUESTIONS[:18])
+
+
+FRANCE = texts('"France"\nThe capital of France is Paris.', '"Oslo"\nA city in Norway.')
+FOUND = 'Doc 1(Title: "France") The capital of France is Paris.'
+
+
+def world(tok=None, passages=FRANCE, max_length=math.inf, **flags):
+    flags = dict(max_turns=2, top_k=1, max_new_tokens=50, max_feedback_tokens=60) | flags
+    return llds.Environment(tok or bpe(), BM25(passages), llds.Config(**flags), max_length)
+
+
+def play(env, question, choose):
+    """One episode, one token at a time: choose(episode) says the next."""
+    e = env.reset(question)
+    while not e.done:
+        e.ids.append(choose(e))
+        e.action_id.append(e.turn)
+        if env.complete(e):
+            env.respond([e])
+    return e
+
+
+def encode(tok, action):
+    """A text, or a list of texts that are encoded one by one, as a model may well write them -> token ids."""
+    return list(chain(*map(tok.encode, [action] if isinstance(action, str) else action)))
+
+
+def act(env, name, actions):
+    """Plays a story: its name is the question, its actions come one a turn, and Paris is right."""
+    ids = [encode(env.tok, action) for action in actions]
+    question = {"question": name, "golden_answers": ["Rio", "paris"]}
+    return play(env, question, lambda e: ids[e.turn - 1][len(e.ids) - e.start])
+
+
+class Scripted:
+    """A model that replays episodes: after the same context it says the same token. Its keys are token ids:
+    it knows of a context exactly what cache and mask let it see."""
+    device, config = torch.device("cpu"), SimpleNamespace(num_hidden_layers=1)
+
+    def __init__(self, episodes):
+        self.says = {tuple(e.ids[:t]): e.ids[t] for e in episodes for t, k in enumerate(e.action_id) if k}
+
+    def base_model(self, input_ids, attention_mask, past_key_values, **_):
+        keys = input_ids[:, None, :, None].double()
+        seen, _ = past_key_values.update(keys, keys, 0)                    # (rows, 1, cells, 1)
+        return [torch.where(attention_mask[:, 0], seen[..., 0], -1.0)]     # (rows, width, cells)
+
+    def get_output_embeddings(self):
+        return lambda seen: torch.nn.functional.one_hot(torch.tensor(
+            [self.says.get(tuple(i for i in row if i >= 0), 0) for row in seen.long().tolist()]), 999)
+
+
+def replay(env, episodes, group=1, rows=99):
+    """rollout() with the scripted model does what play() did; returns its episodes."""
+    played = llds.rollout(Scripted(episodes), env, [e.question for e in episodes], group, 0.0, rows)
+    assert [replace(e, fed=0) for e in played] == [e for e in episodes for _ in range(group)]
+    return played
+
+
+def spoken(env, e):
+    return llds.extract_answer(env.decode(e.ids[e.start:]))
+
+
+SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
+NO_HIT, FORGETS = "<search> zebra </search>", "<think> hm" + END
+STORIES = {  # actions; what follows each: i = information, 0 = no passage matches, c = correction; answer
+    "searches, then answers": ([SEARCH, RIGHT], "i", "Paris"),
+    "answers at once": (["<think> I know </think>\n" + RIGHT], "", "Paris"),
+    "answers wrongly": ([SEARCH, "<answer> Rome </answer>"], "i", "Rome"),
+    "finds nothing": ([NO_HIT, RIGHT], "0", "Paris"),
+    "asks nothing": (["<search></search>", RIGHT], "0", "Paris"),
+    "opens a search twice": (["<search> zebra " + SEARCH, RIGHT], "i", "Paris"),
+    "forgets the tag": ([FORGETS, END, RIGHT], "cc", "Paris"),
+    "runs into the token limit": (["hm " * 99, "x" * 99, "<answer> Paris" + "x" * 99], "cc", None),
+    "closes a search it never opened": (["capital </search>", RIGHT], "c", "Paris"),
+    "closes an answer it never opened": (["Paris </answer>", RIGHT], "c", "Paris"),
+    "opens an answer, closes it a turn later": (["<answer> Paris" + END, "</answer>", RIGHT], "cc", "Paris"),
+    "opens an answer twice": (["<answer> or <answer> Paris </answer>"], "", "Paris"),
+    "answers inside a search": (["<search> <answer> Paris </answer>"], "", "Paris"),
+    "searches in the last turn": ([SEARCH, NO_HIT, SEARCH], "i0", None),
+    "forgets the tag in the last turn": ([SEARCH, SEARCH, FORGETS], "ii", None),
+    "spends its turns on mistakes": ([FORGETS, "</search>", SEARCH], "cc", None),
+    "merges the last > with newlines": ([SEARCH + "\n\n", RIGHT + "\n\n"], "i", "Paris"),
+    "merges the last > with the next tag": ([SEARCH + "</", RIGHT + "</"], "i", "Paris"),
+    "spells by letters": ([[*SEARCH], [*RIGHT]], "i", "Paris"),
+    "splits oddly": ([["<sear", "ch> capital </se", "arch>\n\n"], ["<ans", "wer> Paris</", "answ", "er></"]],
+                     "i", "Paris")}
+
+
+@pytest.mark.parametrize("group, rows", [(1, 5), (1, 99), (3, 7)])
+def test_every_branch_of_the_episode(group, rows):
+    """All stories in one rollout, also with fewer cache rows than episodes. A mistake costs its turn, nothing
+    follows the last turn, and the tokens of prompt, actions and feedback stay as they were."""
+    env, feedback = world(), {"i": llds.OPEN + FOUND + llds.CLOSE, "c": llds.CORRECTION,
+                              "0": llds.OPEN + "No passage matches this query." + llds.CLOSE}
+    played = [act(env, name, actions) for name, (actions, _, _) in STORIES.items()]
+    for e in replay(env, played, group, rows):
+        name = e.question["question"]
+        actions, follows, answer = STORIES[name]
+        assert (spoken(env, e), e.reward, e.done) == (answer, float(answer == "Paris"), True), name
+        assert e.searches == [[FRANCE[0]["contents"]] * (f == "i") for f in follows.replace("c", "")], name
+        assert (e.turn, e.valid_actions) == (len(actions), len(e.searches) + (answer is not None)), name
+        said = [encode(env.tok, action)[:50] for action in actions]
+        heard = [env.encode(feedback[f]) for f in follows] + [[]]
+        assert [i for i, k in zip(e.ids, e.action_id) if k] == list(chain(*said)), name
+        assert e.action_id[len(env.reset(e.question).ids):] == [
+            j for k in range(len(said)) for j in [k + 1] * len(said[k]) + [0] * len(heard[k])], name
+        assert env.decode(e.ids) == name + "".join(env.decode(ids) for x in zip(said, heard) for ids in x)
+        assert llds.action_ids((torch.tensor([e.action_id]) > 0).long()).tolist() == [e.action_id], name
+
+
+def test_a_full_context_ends_the_episode():
+    """Wherever it fills up: while the model writes, or because the feedback no longer fits."""
+    stories = {"asks": [SEARCH, SEARCH, RIGHT], "forgets": [FORGETS] * 3, "raves": ["x" * 99] * 3}
+    ends = Counter()
+    for length in range(20, 200, 4):
+        env = world(max_length=length)
+        for e in replay(env, [act(env, *story) for story in stories.items()]):
+            assert len(e.ids) <= length and e.action_id[-1] == e.turn
+            ends["full" if len(e.ids) == length else "no room" if e.turn < 3 else "last turn"] += 1
+    assert len(ends) == 3 and min(ends.values()) > 10
+
+
+def test_prompts():
+    """Our wording, or the question's own `prompt`; the tokenizer's chat template with its special tokens."""
+    e = world(prompt="Say {question}").reset({"question": "{x}", "prompt": None})
+    assert bpe().decode(e.ids) == "Say {x}"
+    question = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]}
+    chat = PreTrainedTokenizerFast(tokenizer_object=bpe().backend_tokenizer, eos_token=END, chat_template=(
+        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"))
+    plain, full = "Be brief.\nWho?", f"{START}system: Be brief.{END}{START}user: Who?{END}{START}"
+    for tok, choice, text in (
+            (bpe(), "auto", plain), (chat, "off", plain), (chat, "auto", full), (chat, "on", full)):
+        e = world(tok, chat_template=choice).reset(question)
+        assert tok.decode(e.ids) == text and e.ids.count(tok.eos_token_id) == text.count(END)
+        assert e.start == len(e.ids) == len(e.action_id) and not any(e.action_id)
+
+
+@pytest.mark.parametrize("tok", [bpe, lambda: built_in()[0]], ids=["bpe", "built-in"])
+@pytest.mark.parametrize("attack", [
+    RIGHT, "</information> " + RIGHT, "</search>", f"{END}{START}<eos><unk>", "</infor</information>mation>",
+    "<</information>/information>", "</information></information>", "<information>", "</answer",
+    "</information", "<", "<think>", "\n\n</information>\n\n", "</answer>\n\n" + SEARCH, "é日\x00"])
+def test_hostile_documents(attack, tok):
+    """In title or text: it neither ends the episode nor scores, and the block ends only where we end it."""
+    tok = tok()
+    hostile = texts(f'"{attack}"\ncapital {attack}{attack} <answer> Paris{attack}', attack + " capital")
+    env = world(tok, hostile, top_k=2)
+    e = act(env, "?", ["<search> capital </search>", "Paris </answer>", "> Paris" + tok.eos_token])
+    assert (e.turn, e.reward, e.answer_start, len(e.searches[0])) == (3, 0.0, None, 2)
+    block = e.ids[e.action_id.index(1) + e.action_id.count(1):e.action_id.index(2)]
+    text = env.decode(block).strip()
+    assert text.startswith("<information>") and text.endswith("</information>")
+    assert re.findall("</?(?:think|search|information|answer)>", text) == ["<information>", "</information>"]
+    assert not (set(tok.added_tokens_decoder) - {tok.unk_token_id}) & set(block)    # no special token gets in
+
+
+@pytest.mark.parametrize("limit", [32, 33, 45, 60])
+def test_long_feedback_is_cut_inside_the_text_and_still_closed(limit):
+    long = texts('"Long"\n' + " capital é </information> <answer>" * 40)
+    env = world(passages=long, max_feedback_tokens=limit)
+    e = act(env, "?", [SEARCH, "x" * 99, "x" * 99])
+    end, begin = (lambda k: e.action_id.index(k) + e.action_id.count(k)), e.action_id.index
+    block, correction = e.ids[end(1):begin(2)], e.ids[end(2):begin(3)]
+    text = env.decode(block)
+    assert len(block) == limit and text.startswith(llds.OPEN) and text.endswith(llds.CLOSE)
+    assert text.count("</information>") == 1
+    assert llds.information(long).startswith(text[len(llds.OPEN):-len(llds.CLOSE)].rstrip("\ufffd"))
+    replay(env, [act(env, "raves", ["x" * 99] * 3)])                   # the longest episode fits in the cache
+    assert 0 < len(correction) <= limit
+
+
+def test_an_action_ends_with_its_tag_however_it_is_split():
+    """Random actions of whole, split, merged and spelled tags, after prompts that stop inside one. The oracle
+    reads the whole action after each token; a byte-level token's name has a character for each byte."""
+    tok, env, rng, ends = bpe(), world(max_new_tokens=40), random.Random(0), Counter()
+    parts = ["</search>", "</answer>", "<answer>", "<search>", "</", "/", "sear", "ch", "answer", "search",
+             ">", ">\n\n", "></", "/search>", "</answer", "<", " Paris", "é", "日", ">\n"]
+    for _ in range(600):
+        before = tok.encode(rng.choice(["Q", "<answer> </answer", "</search", "</", "<answer>", "</answer>"]))
+        action = encode(tok, list(chain(*(
+            rng.choice([[part], [*part], [part[:2], part[2:]]]) for part in rng.choices(parts, k=40)))))
+        action.insert(rng.randrange(120), tok.eos_token_id)
+        e = llds.Episode({"golden_answers": []}, before[:], [0] * len(before), len(before))
+        for n, token in enumerate(action[:40], 1):
+            e.ids.append(token)
+            e.action_id.append(1)
+            names = tok.convert_ids_to_tokens(action[:n])
+            tag = re.search("</(search|answer)>", "".join(names))
+            assert env.complete(e) == bool(tag or token == tok.eos_token_id or n == 40), names
+            if env.complete(e):
+                break
+        env.respond([e])
+        opens = "".join(names)[:tag.start()].rfind("<answer>") if tag and tag[1] == "answer" else -1
+        ends[tag and tag[0], opens >= 0] += 1
+        assert (spoken(env, e) is None) == (e.answer_start is None) == (opens < 0)
+        if opens >= 0:                                                     # it begins with the token of its <
+            first = sum(end <= opens for end in accumulate(map(len, names)))
+            assert e.answer_start == len(before) + first and len(e.ids) == len(before) + n
+    assert len(ends) == 4 and min(ends.values()) > 9, ends
+
+
+# ---------------------------------------------------------------------------------------------- the rollout
+
+LIKES = {"<search>": 7, "</search>": 7, "<answer>": 6, "</answer>": 6, "<eos>": 3, "capital": 3, "Kabul": 3}
+
+
+def agent(seed, **flags):
+    """The built-in model, untrained, in float64, fond of tags; questions of ragged length; a search engine
+    that finds something for every query, so that also an untrained agent gets to read."""
+    torch.manual_seed(seed)
+    tok, model = built_in()
+    model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))    # untied, with a bias
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.normal_(0, .25)
+        for token, fondness in LIKES.items():
+            model.lm_head.bias[tok.convert_tokens_to_ids(token)] = fondness
+    questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": [*tok.get_vocab()]}
+                 for i, q in enumerate(QUESTIONS[:7])]
+    env = world(tok, **dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags)
+    env.retriever.search = lambda queries, k: [PASSAGES[len(query) % 6:][:k] for query in queries]
+    return model.double(), env, questions
+
+
+@torch.no_grad()
+def same(model, env, questions, group=1, rows=99):
+    """Greedy rollout() does what the plain model does, one row at a time; returns its episodes."""
+    choose = lambda e: int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
+    episodes = llds.rollout(model, env, questions, group, 0.0, rows)
+    played = [play(env, question, choose) for question in questions]
+    assert [replace(e, fed=0) for e in episodes] == [e for e in played for _ in range(group)]
+    return episodes
+
+
+def test_rollout_equals_one_row_at_a_time():
+    seen = Counter()
+    for seed, (how, flags) in enumerate([
+            ((), {}), ((3, 7), {}), ((1, 1), dict(max_new_tokens=4)), ((1, 3), dict(max_new_tokens=17)),
+            ((1, 5), dict(max_turns=1, max_feedback_tokens=32)), ((2, 2), {}), ((), dict(max_new_tokens=1)),
+            ((4, 11), {}), ((1, 4), dict(top_k=1, max_new_tokens=30))]):
+        for e in same(*agent(seed, **flags), *how):
+            seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
+                        answers=e.answer_start is not None, silent=e.answer_start is None)
+    assert len(seen) == 5 and min(seen.values()) > 5, seen
+
+
+def test_a_rollout_after_an_update_is_the_new_policys():
+    model, env, questions = agent(20)
+    before = same(model, env, questions)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.randn_like(weight), alpha=.2)
+    assert [e.ids for e in same(model, env, questions)] != [e.ids for e in before]
+
+
+@pytest.mark.parametrize("group, rows", [(1, 99), (3, 7)])
+def test_every_token_enters_the_model_once(group, rows):
+    """Each group's prompt once; then, for each row, all that follows but the last token, which nothing reads.
+    In a chunk of the built-in vocabulary only padding and a leading <eos> are 0."""
+    (model, env, questions), fed = agent(21), []
+    model.base_model.register_forward_pre_hook(with_kwargs=True, hook=lambda module, args, kwargs: fed.extend(
+        1 + max((t for t, i in enumerate(row) if i), default=0) for row in kwargs["input_ids"].tolist()))
+    episodes = llds.rollout(model, env, questions, group, 1.0, rows)
+    starts = [env.reset(e.question).start for e in episodes]
+    assert sum(len(e.searches) for e in episodes) > 0 and env.tok.eos_token_id == 0
+    assert sum(fed) == sum(starts[::group]) + sum(len(e.ids) - 1 - n for n, e in zip(starts, episodes))
+
+
+def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
+    """With one row in the cache every call of the sampler is a token of an action, in order."""
+    (model, env, questions), said, multinomial = agent(22), [], torch.multinomial
+
+    def sampler(p, n):
+        token = multinomial(p, n)
+        said.append(p.gather(1, token).log().item())
+        return token
+
+    monkeypatch.setattr(torch, "multinomial", sampler)
+    episodes = llds.rollout(model, env, questions, 1, 1.3, 1)
+    ids, action_id, answer_mask = llds.pad(episodes, "cpu")
+    logp, _ = llds.token_logps(model, ids, action_id, 1.3)
+    torch.testing.assert_close(logp[action_id > 0], torch.tensor(said), rtol=1e-4, atol=1e-5)
+    assert sum(len(e.searches) for e in episodes) > 0
+    assert [row[mask > 0].tolist() for row, mask in zip(ids, answer_mask)] == [
+        [] if e.answer_start is None else e.ids[e.answer_start:] for e in episodes]
+
+
+# ----------------------------------------------------------------------------------------------- the update
+
+@pytest.mark.parametrize("temperature, chunk", [(1.0, 1024), (1.7, 3)])
+def test_token_logps_equal_those_of_full_logits(temperature, chunk):
+    """Values, exact entropy, each parameter's gradient; 0 outside actions. 3: less than the actions have."""
+    model, env, questions = agent(23)
+    model.float()
+    ids, action_id, _ = llds.pad(llds.rollout(model, env, questions, 1, temperature), "cpu")
+    weight = torch.randn(ids.shape)                                        # (N, T)
+
+    def solve(logp, entropy):
+        model.zero_grad()
+        (logp * weight).sum().backward()
+        return [logp.detach(), entropy.detach(), *(p.grad for p in model.parameters())]
+
+    full = (model(ids).logits[:, :-1] / temperature).log_softmax(-1)       # column t predicts t + 1
+    full = full.gather(2, ids[:, 1:, None])[..., 0], -(full.exp() * full).sum(-1)
+    want = solve(*(torch.nn.functional.pad(x, (1, 0)) * (action_id > 0) for x in full))
+    got = solve(*llds.token_logps(model, ids, action_id, temperature, chunk))
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert not any(x[action_id == 0].any() for x in got[:2]) and all(x.any() for x in got)
+    logp, entropy = solve(*llds.token_logps(model, ids, torch.zeros_like(ids), temperature, chunk))[:2]
+    assert logp.shape == entropy.shape == ids.shape and not (logp.any() or entropy.any())   # no action at all
+
+
+def updated(micro_batch_tokens, monkeypatch=None, **flags):
+    """One training step on fixed rollouts, right or wrong by decree -> metrics, new weights, and for each
+    update what its micro-batches found in new - old log-probabilities."""
+    model, env, questions = agent(24)
+    model.float()
+    episodes = llds.rollout(model, env, questions[:4], 4)
+    for i, e in enumerate(episodes):
+        e.reward = float(i % 3 == 0)
+    flags = dict(group_size=4, mini_batches=2, passes=2, beta=.1, answer_weight=".5") | flags
+    optimizer = torch.optim.SGD(model.parameters(), .3)
+    moved, loss, step = [[]], llds.policy_loss, optimizer.step
+    if monkeypatch:
+        monkeypatch.setattr(llds, "policy_loss", lambda logp, old, adv, mask, *rest: (
+            moved[-1].append((logp - old).detach()[mask]), loss(logp, old, adv, mask, *rest))[1])
+        monkeypatch.setattr(optimizer, "step", lambda: (moved.append([]), step()))
+    reference = agent(25)[0].float()
+    torch.manual_seed(0)                                                   # the same plan for everyone
+    cfg = llds.Config(micro_batch_tokens=micro_batch_tokens, **flags)
+    scheduler = SimpleNamespace(step=lambda: None)
+    metrics, _ = llds.train_step(model, reference, optimizer, scheduler, episodes, 1.0, cfg)
+    return metrics, [p.detach() for p in model.parameters()], moved[:-1]
+
+
+@pytest.mark.parametrize("gate", ["token", "response", "action"])
+def test_llds_acts_from_the_second_update_on(gate, monkeypatch):
+    """At the first, new = old to the last bit: rounding alone would open the gates at full strength."""
+    metrics, _, moved = updated(150, monkeypatch, llds_gate=gate)
+    assert len(moved) == 4 and len(moved[0]) > 1                           # updates; micro-batches
+    assert not torch.cat(moved[0]).any() and all(torch.cat(update).any() for update in moved[1:])
+    assert metrics["llds_first"] == 0.0 < metrics["llds"] and metrics["ratio_max"] > 1 and metrics["kl"] > 0
+    assert updated(150, mini_batches=1, passes=1)[0]["llds"] == 0.0
+
+
+def test_micro_batches_do_not_change_the_update():
+    (want, weights, _), *others = [updated(tokens) for tokens in (10 ** 6, 150, 1)]
+    for metrics, other, _ in others:
+        assert metrics == pytest.approx(want, rel=1e-3, abs=1e-5)
+        torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-5)
+    assert want["clip_frac"] > 0 and want["llds_gate_frac"] > 0 and want["reward"] == 6 / 16
+
+
+# ----------------------------------------------------------------------------------------- the command line
+
+PROMISED = """reward logp_correct logp_wrong entropy grad_norm ratio_max clip_frac kl llds llds_gate_frac
+    llds_token_frac searches valid_actions action_tokens zero_std_groups tokens_per_s seconds""".split()
+
+
+def test_three_steps_from_the_command_line(tmp_path, capsys):
+    """Two lambdas, one training each, from one start and one seed; then the saved model answers."""
+    held_out = [json.dumps(q) + "\n" for q in QUESTIONS if q["split"] == "test"]
+    (tmp_path / "held_out.jsonl").write_text("".join(held_out[:6]))
+    command = f"""{sys.executable} {Path(llds.__file__).resolve()} --steps 3 --warm_steps 3 --group_size 4
+        --questions_per_step 4 --mini_batches 2 --max_new_tokens 12 --eval_steps 2 --sample_every 2
+        --llds_lambda 0 .5 --eval_data held_out.jsonl --output_dir out""".split()
+    environment = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", PYTHONUTF8="1")
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert all(word in run.stdout for word in ("held-out", "lambda 0.5")) and "\033" not in run.stdout
+    logs = [(tmp_path / "out" / name / "metrics.jsonl").read_text() for name in ("lambda_0", "lambda_0.5")]
+    runs = [[json.loads(line, parse_constant=pytest.fail) for line in log.splitlines()] for log in logs]
+    for rows in runs:
+        assert [(row["step"], "em" in row, row["llds_first"]) for row in rows] == [
+            (1, False, 0.0), (2, True, 0.0), (3, True, 0.0)]
+        assert all(set(PROMISED) <= set(row) for row in rows)
+    for name in ("reward", "logp_wrong", "entropy", "searches", "action_tokens"):
+        assert runs[0][0][name] == runs[1][0][name], name                  # one start, one seed
+    out = tmp_path / "out" / "lambda_0.5"
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "qwen2" and config["llds"]["llds_lambda"] == [.5]
+    assert llds.parse_config(["--model", str(out)]).max_new_tokens == 12   # a saved run's own preset
+    capsys.readouterr()
+    llds.main(["--model", str(out), "--ask", "What is the capital of France?"])
+    assert "What is the capital of France?" in capsys.readouterr().out
+    assert not llds.load_model(llds.Config(model=str(out)), [], [])[1].training         # dropout stays off
+
+
+BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size",
+       "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temper",
+       "--answer_weight 1.5": "--answer_weight", "--mini_batches 9 --questions_per_step 8": "--mini_batches",
+       "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
+       "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
+       "--corpus empty.jsonl": "empty.jsonl",
+       **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "empty")}}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text('{"contents": "a", "questions": []}\n{"contents": \n')
+    Path("plain.jsonl").write_text('{"question": "Who?"}\n')
+    Path("empty.jsonl").touch()
+    monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
+    with pytest.raises(SystemExit) as stop:
+        llds.main(flags.split())
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "error: " in said and BAD[flags] in said, said
+
+
+def test_one_update_per_rollout_with_llds_says_so_loudly(capsys):
+    llds.parse_config(["--mini_batches", "1"])
+    assert "warning" in capsys.readouterr().err.lower()
+    llds.parse_config(["--mini_batches", "1", "--llds_lambda", "0"])
+    assert not capsys.readouterr().err
