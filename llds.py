@@ -655,14 +655,14 @@ def evaluate(model, env, questions, cfg):
         for name in ("em", f"em_{e.question['hops']}hop") if e.question.get("hops") else ("em",):
             scores[name].append(e.reward)
         scores["em_searches"].append(len(e.searches))
-    return {name: sum(values) / len(values) for name, values in scores.items()}
+    return {name: sum(scores[name]) / len(scores[name]) for name in sorted(scores)}
 
 
 def show(env, e):
     """Prints an episode, its tags in colour on a terminal."""
     colours = {"think": 2, "search": 36, "information": 33, "answer": 32 if e.reward else 31}
     paint = lambda tag: f"\033[{colours.get(tag[1], 0)}m{tag[0]}\033[0m" if sys.stdout.isatty() else tag[0]
-    print(f"{e.question['question']} -> reward {e.reward:g}")
+    print(e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     text = env.decode(e.ids[e.action_id.index(1):]).strip()
     print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, text, flags=re.DOTALL))
 
