@@ -14,7 +14,9 @@ The losses are pure functions of tensors and need torch alone. N rollouts, T tok
 tokens, D hidden units, V vocabulary; column t of every (N, T) tensor belongs to ids[:, t].
 """
 import copy
+import importlib.util
 import json
+import math
 import random
 import re
 import string
@@ -33,8 +35,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM, get_scheduler)
-from transformers.cache_utils import Cache, DynamicLayer
+                          Qwen2Config, Qwen2ForCausalLM, get_scheduler, set_seed)
+from transformers.cache_utils import Cache
 
 from retriever import BM25, load_corpus
 
@@ -115,7 +117,8 @@ def parse_config(argv=None):
     if model != "tiny":
         file = Path(model) / "config.json"
         run = json.loads(file.read_text()).get("llds", {}) if file.exists() else {}
-        parser.set_defaults(**{k: run.get(k, v) for k, v in REAL_MODEL.items()} | {"warm_steps": 0})
+        kept = {k: run[k] for k in (*REAL_MODEL, "chat_template", "max_turns", "top_k") if k in run}
+        parser.set_defaults(**{**REAL_MODEL, **kept, "warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
     for name, lowest in [*LOWEST.items(), ("rollout_batch", cfg.group_size)]:
         if not getattr(cfg, name) >= lowest:
@@ -126,6 +129,10 @@ def parse_config(argv=None):
         fail(f"--mini_batches {cfg.mini_batches} is more than --questions_per_step {cfg.questions_per_step}")
     if cfg.answer_weight != "adaptive" and not re.fullmatch(r"1(\.0*)?|0?\.\d+|0", cfg.answer_weight):
         fail(f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
+    if cfg.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs matplotlib: pip install matplotlib")
+    if cfg.ask and cfg.model == "tiny":
+        fail("--ask needs a trained --model, such as runs/NAME")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
         print("WARNING: with one update a rollout (--mini_batches 1 --passes 1) the penalty is always 0: it "
               "compares with the policy that made the rollout", file=sys.stderr)
@@ -147,7 +154,7 @@ class Episode:
     ids: list                                      # prompt, action 1, feedback, action 2, ...
     action_id: list                                # of each token: k in the k-th action, else 0
     start: int                                     # where the current action begins in ids
-    fed: int = 0                                   # during rollout: ids[:fed] are in the KV cache
+    fed: int = 0                                   # ids[:fed] are in the KV cache, ids[fed:] are pending
     turn: int = 1
     searches: list = field(default_factory=list)   # of each served search: the contents that came back
     valid_actions: int = 0
@@ -201,6 +208,8 @@ class Environment:
         if self.template:
             text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tok.encode(text, add_special_tokens=not self.template)
+        if len(ids) >= self.max_length:
+            raise ValueError(f"a prompt of {len(ids)} tokens does not fit a context of {self.max_length}")
         return Episode(question, ids, [0] * len(ids), len(ids))
 
     def complete(self, e):
@@ -249,34 +258,25 @@ class Environment:
 
 class SlotCache(Cache):
     """One preallocated KV cache for all rollouts, in which a token's cell is its position: row r's token at
-    position p lives in keys[r, :, p]. So the mask is "cell <= position", nothing is concatenated or shifted,
+    position p lives in buffer[r, :, p]. The mask is "cell <= position", nothing is concatenated or shifted,
     and what the padding of a chunk leaves behind is overwritten before any query may look at it."""
 
-    def __init__(self, layers, rows, cells):
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
-        self.shape = rows, cells + 1  # the last cell takes padding that would fall outside
+    def __init__(self, rows, cells):
+        super().__init__(layers=[])
+        self.shape, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        if layer not in self.store:  # zeros, not empty: 0 * NaN would be NaN
+            self.store[layer] = [x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
+                                 for x in (keys, values)]
+        for buffer, new in zip(self.store[layer], (keys, values)):
+            buffer[self.rows[:, None], :, self.position] = new.transpose(1, 2)
+        rows = slice(len(self.rows)) if self.all_live else self.rows  # a slice is a view, an index would copy
+        return [buffer[rows, :, :self.used] for buffer in self.store[layer]]
 
     def copy(self, source, targets, cells):
-        for layer in self.layers:
-            layer.keys[targets, :, :cells] = layer.keys[source, :, :cells]
-            layer.values[targets, :, :cells] = layer.values[source, :, :cells]
-
-
-class SlotLayer(DynamicLayer):
-    def __init__(self, cache):
-        super().__init__()
-        self.cache = cache
-
-    def update(self, keys, values, *args, **kwargs):
-        c, (rows, cells) = self.cache, self.cache.shape
-        if not self.is_initialized:  # zeros, not empty: 0 * NaN would be NaN
-            self.keys = keys.new_zeros(rows, keys.shape[1], cells, keys.shape[3])
-            self.values = torch.zeros_like(self.keys)
-            self.is_initialized = True
-        self.keys[c.rows[:, None], :, c.position] = keys.transpose(1, 2)
-        self.values[c.rows[:, None], :, c.position] = values.transpose(1, 2)
-        rows = slice(len(c.rows)) if c.all_live else c.rows  # a slice is a view, an index would copy
-        return self.keys[rows, :, :c.used], self.values[rows, :, :c.used]
+        for buffer in chain(*self.store.values()):
+            buffer[targets, :, :cells] = buffer[source, :, :cells]
 
 
 @torch.no_grad()
@@ -288,10 +288,10 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions.
     """
     cfg, device = env.cfg, model.device
-    groups = [[e, *(copy.deepcopy(e) for _ in range(group_size - 1))] for e in map(env.reset, questions)]
+    groups = [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
-    cache = SlotCache(model.config.num_hidden_layers, min(max_rows, len(groups) * group_size), cells)
+    cache = SlotCache(min(max_rows, len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
 
     def feed(rows, most):
@@ -390,6 +390,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
     with torch.no_grad():
+        # where min() picked the clipped branch, a constant: no gradient
         beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
     return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
 
@@ -447,10 +448,11 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
     (logp, entropy): (N, T) float32, in nats, 0 outside actions. Only the hidden states that predict an action
     token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist.
     """
-    hidden = model.base_model(input_ids=ids, use_cache=False)[0]                        # (N, T, D)
     is_action = action_id > 0
     is_action[:, 0] = False  # nothing predicts column 0
-    hidden, target = hidden[:, :-1][is_action[:, 1:]], ids[is_action]  # (M, D), (M,): the one shift
+    width = int((is_action.any(dim=0) * torch.arange(ids.shape[1], device=ids.device)).max())  # the last one
+    hidden = model.base_model(input_ids=ids[:, :width + 1], use_cache=False)[0]         # (N, width + 1, D)
+    hidden, target = hidden[:, :-1][is_action[:, 1:width + 1]], ids[is_action]  # (M, D), (M,): the one shift
 
     def head(hidden, target):
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
@@ -497,34 +499,29 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
     plans = [split(lengths, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
              for _ in range(cfg.passes)]
 
-    def logps(model, rows):
-        width = max(lengths[row] for row in rows)
-        return token_logps(model, ids[rows, :width], action_id[rows, :width], cfg.temperature)
-
     @torch.no_grad()
     def all_logps(model):  # over the first pass's micro-batches: in update 1 old = new to the last bit
         out = torch.zeros(2, *ids.shape, device=model.device)
         for rows in chain(*plans[0]):
-            pair = torch.stack(logps(model, rows))
-            out[:, rows, :pair.shape[2]] = pair
+            out[:, rows] = torch.stack(token_logps(model, ids[rows], action_id[rows], cfg.temperature))
         return out
 
     old_logp, entropy = all_logps(model)
     ref_logp = all_logps(reference)[0] if cfg.beta > 0 else old_logp
-    columns = old_logp, ref_logp, action_id, answer_mask
     total, updates = defaultdict(float), cfg.passes * cfg.mini_batches
     for update, mini_batch in enumerate(chain(*plans)):
         members = list(chain(*mini_batch))
         tokens = is_action[members].sum()                                               # the two normalisers
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()
         for rows in mini_batch:
-            logp, _ = logps(model, rows)
-            old, ref, action, answer = (x[rows, :logp.shape[1]] for x in columns)
+            old, ref, action, answer = (x[rows] for x in (old_logp, ref_logp, action_id, answer_mask))
+            logp, _ = token_logps(model, ids[rows], action, cfg.temperature)
             policy, info = policy_loss(logp, old, advantages[rows], action > 0, cfg.clip, tokens)
             kl = kl_penalty(logp, ref, action > 0, tokens)
             llds, counts = llds_penalty(logp, old, advantages[rows], action, cfg.llds_gate, answer,
                                         answer_weight, preserved_tokens)
-            (policy + cfg.beta * kl + llds_lambda * llds).backward()
+            loss = policy + llds_lambda * llds
+            (loss + cfg.beta * kl if cfg.beta > 0 else loss).backward()  # 0 * inf would be NaN
             total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
             total["llds_first"] += llds.item() * (update == 0)
             for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
@@ -574,6 +571,9 @@ def load_model(cfg, passages, questions):
             tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
     else:
         model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
+        if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
+            raise ValueError(f"--model {cfg.model}: a layer without full attention is not supported")
+        # By the model's type Auto would give our saved agent the tokenizer of Qwen2, with other ids.
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
     return tok, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # eval, always: no dropout
@@ -609,7 +609,8 @@ def demonstrate(env, question, questions, facts):
             break
         if random.random() < 0.1:  # goes after something else
             path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
-        query = random.choice([path[hop], question["question"].replace(question["path"][hop], path[hop])])
+        asked = question["question"].replace(question["path"][0], path[0])
+        query = asked if hop == 0 and random.random() < 0.5 else path[hop]
         act(SEARCH.format(thought=thought, name=path[hop], query=query))
         thought = facts[frozenset(path[hop:hop + 2])] + " "
         name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
@@ -619,7 +620,7 @@ def demonstrate(env, question, questions, facts):
 
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
-    if not all("path" in q for q in questions):
+    if not all(q.get("path") for q in questions):
         fail("--warm_steps needs questions with a 'path', from the name asked about to the answer")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
@@ -630,10 +631,8 @@ def warm_start(model, env, passages, questions, cfg):
             env.retriever = BM25(world)
         episodes = [demonstrate(env, random.choice(asked), asked, facts) for _ in range(16)]
         ids, action_id, _ = pad(episodes, model.device)
-        lengths = [len(e.ids) for e in episodes]
-        for rows in split(lengths, 1, 1, cfg.micro_batch_tokens)[0]:
-            width = max(lengths[row] for row in rows)
-            logp, _ = token_logps(model, ids[rows, :width], action_id[rows, :width])
+        for rows in split([len(e.ids) for e in episodes], 1, 1, cfg.micro_batch_tokens)[0]:
+            logp, _ = token_logps(model, ids[rows], action_id[rows])
             (-logp.sum() / (action_id > 0).sum()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
         optimizer.step()
@@ -720,9 +719,10 @@ def load_questions(path, part):
     except (DatasetsError, StopIteration) as error:
         raise ValueError(f"{path}: cannot be read as jsonl. {error}") from None
     if "questions" in rows[0]:
-        rows = [q for row in rows for q in row["questions"] if q["split"] == part]
-    if not rows or not all(row.get("golden_answers") for row in rows):
-        raise ValueError(f"{path}: no questions for '{part}', or one without 'golden_answers'")
+        rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
+    good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
+    if not rows or len(good) < len(rows):
+        raise ValueError(f"{path}: {len(rows)} rows for '{part}'; each needs 'question' and a list 'golden_answers'")
     return rows
 
 
@@ -736,7 +736,7 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     model.config.llds = {**asdict(cfg), "llds_lambda": [llds_lambda]}  # part of config.json from the start
     model.config.save_pretrained(out)
-    with open(out / "metrics.jsonl", "w") as log:
+    with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
         for step in range(1, cfg.steps + 1):
             begin = time.perf_counter()
             while len(deck) < cfg.questions_per_step:  # every question once, then all again
@@ -749,9 +749,8 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
                        "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
             if step % cfg.eval_steps == 0 or step == cfg.steps:
                 metrics.update(evaluate(model, env, held_out, cfg))
-            history.append(metrics)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+            history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
+            log.write(json.dumps(history[-1]) + "\n")
             print(f"step {step:4}", *(f" {name} {metrics[name]:{form}}" for name, form in STEP_LINE.items()
                                       if metrics.get(name) is not None))
             if step % cfg.sample_every == 0:
@@ -765,8 +764,7 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
 
 def main(argv=None):
     cfg = parse_config(argv)
-    random.seed(cfg.seed)
-    torch.manual_seed(cfg.seed)
+    set_seed(cfg.seed)
     try:
         passages = load_corpus(cfg.corpus)
         questions = load_questions(cfg.train_data or cfg.corpus, "train")
