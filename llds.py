@@ -722,7 +722,7 @@ def load_questions(path, part):
         rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
     good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
     if not rows or len(good) < len(rows):
-        raise ValueError(f"{path}: {len(rows)} rows for '{part}'; each needs 'question' and a list 'golden_answers'")
+        raise ValueError(f"{path}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
     return rows
 
 
