@@ -293,6 +293,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
     cache = SlotCache(min(max_rows, len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
+    bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
 
     def feed(rows, most):
         """Feeds up to `most` pending tokens to each of rows; returns the logits after the last one."""
@@ -342,6 +343,8 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
                 cache.copy(len(live) - 1, r, live[-1].fed)
                 live[r] = live[-1]
             live.pop()
+            bar.update()
+    bar.close()
     return list(chain(*groups))
 
 
@@ -458,10 +461,10 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).detach().sum(dim=-1)
 
-    chunks = zip(hidden.split(chunk), target.split(chunk))
-    parts = [checkpoint(head, *pair, use_reentrant=False) for pair in chunks]
-    zeros = torch.zeros(ids.shape, device=ids.device) + 0 * hidden.sum()  # with a graph, also where M = 0
-    return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts)) or (zeros, zeros)
+    pairs = zip(hidden.split(chunk), target.split(chunk))
+    parts = [checkpoint(head, *pair, use_reentrant=False) for pair in pairs]
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts))
 
 
 # --------------------------------------------------------------------------------------------- update
@@ -469,8 +472,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
 def pad(episodes, device):
     """Episodes -> ids, action_id, answer_mask: (N, T) long each, right-padded with 0."""
     width = max(len(e.ids) for e in episodes)
-    answers = [[0] * len(e.ids[:e.answer_start]) + [1] * len(e.ids[e.answer_start:]) if e.answer_start else []
-               for e in episodes]
+    answers = [[int(t >= (e.answer_start or width)) for t in range(len(e.ids))] for e in episodes]
     columns = [e.ids for e in episodes], [e.action_id for e in episodes], answers
     return [torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device) for rows in columns]
 
