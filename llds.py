@@ -498,20 +498,19 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
     searches = mean([len(e.searches) for e in episodes])
     answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    plans = [split(lengths, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
-             for _ in range(cfg.passes)]
+    plan = split(lengths, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
 
     @torch.no_grad()
-    def all_logps(model):  # over the first pass's micro-batches: in update 1 old = new to the last bit
+    def all_logps(model):  # over the very micro-batches: unmoved weights give old = new to the last bit
         out = torch.zeros(2, *ids.shape, device=model.device)
-        for rows in chain(*plans[0]):
+        for rows in chain(*plan):
             out[:, rows] = torch.stack(token_logps(model, ids[rows], action_id[rows], cfg.temperature))
         return out
 
     old_logp, entropy = all_logps(model)
     ref_logp = all_logps(reference)[0] if cfg.beta > 0 else old_logp
     total, updates = defaultdict(float), cfg.passes * cfg.mini_batches
-    for update, mini_batch in enumerate(chain(*plans)):
+    for update, mini_batch in enumerate(plan * cfg.passes):
         members = list(chain(*mini_batch))
         tokens = is_action[members].sum()                                               # the two normalisers
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()

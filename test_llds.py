@@ -841,7 +841,7 @@ def test_token_logps_equal_those_of_full_logits(temperature, chunk):
     assert logp.shape == entropy.shape == ids.shape and not (logp.any() or entropy.any())   # no action at all
 
 
-def updated(micro_batch_tokens, monkeypatch=None, **flags):
+def updated(micro_batch_tokens, monkeypatch=None, rate=.3, **flags):
     """One training step on fixed rollouts, right or wrong by decree -> metrics, new weights, and for each
     update what its micro-batches found in new - old log-probabilities."""
     model, env, questions = agent(30)
@@ -850,7 +850,7 @@ def updated(micro_batch_tokens, monkeypatch=None, **flags):
     for i, e in enumerate(episodes):
         e.reward = float(i % 3 == 0 or e.answer_start is not None)
     flags = dict(group_size=4, mini_batches=2, passes=2, beta=.1, answer_weight=".5") | flags
-    optimizer = torch.optim.SGD(model.parameters(), .3)
+    optimizer = torch.optim.SGD(model.parameters(), rate)
     moved, loss, step = [[]], llds.policy_loss, optimizer.step
     if monkeypatch:
         monkeypatch.setattr(llds, "policy_loss", lambda logp, old, adv, mask, *rest: (
@@ -873,6 +873,8 @@ def test_llds_acts_from_the_second_update_on(gate, monkeypatch):
     assert not torch.cat(moved[0]).any() and all(torch.cat(update).any() for update in moved[1:])
     assert metrics["llds_first"] == 0.0 < metrics["llds"] and metrics["ratio_max"] > 1 and metrics["kl"] > 0
     assert updated(800, mini_batches=1, passes=1)[0]["llds"] == 0.0
+    still = updated(800, rate=0.0, llds_gate=gate)[0]                        # weights that stand still, two passes
+    assert (still["llds"], still["llds_gate_frac"], still["ratio_max"]) == (0.0, 0.0, 1.0)
 
 
 def test_micro_batches_do_not_change_the_update():
