@@ -15,13 +15,13 @@ import torch
 
 
 def words(text):
-    """Lower-case words and numbers: the terms of a passage or a query. "Its domain is .fr" -> its, domain, is, fr."""
+    """Lower-case words and numbers: the terms of a passage or a query. "It is .fr" -> it, is, fr."""
     return re.findall(r"\w+", text.lower())
 
 
 def load_corpus(path):
-    """Read passages from jsonl (plain, or gzip when the name ends in .gz), in Search-R1's corpus format: one object
-    a line with at least a string `contents`, which is '"Title"\\ntext'.
+    """Read passages from jsonl (plain, or gzip when the name ends in .gz), in Search-R1's corpus format: one
+    object a line with at least a string `contents`, which is '"Title"\\ntext'.
 
     Returns the objects as a list of dicts, in file order. Raises ValueError that names the file and the line.
     """
@@ -43,12 +43,12 @@ def load_corpus(path):
 class BM25:
     """Okapi BM25 over passages, as an inverted index.
 
-        score(q, d) = sum over the terms t of q of  idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * |d| / avg|d|))
+        score(q, d) = sum over terms t of q: idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * |d| / avg|d|))
         idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))                           (never negative)
 
-    tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the query repeats
-    counts each time. Everything but the choice of terms is known when the index is built, so each term keeps
-    two arrays, its passages and what it adds to their scores, and a query only adds up the arrays of its own terms.
+    tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the query
+    repeats counts each time. Everything but the choice of terms is known when the index is built, so each
+    term keeps two arrays, its passages and what it adds to their scores; a query adds up those of its own terms.
     """
 
     def __init__(self, passages, k1=1.2, b=0.75):
@@ -72,7 +72,7 @@ class BM25:
     def search(self, queries, k):
         """The k best passages for each query, best first, as copies with their `score`; ties in corpus order.
 
-        queries: list of str. Returns a list of lists of dicts: fewer than k where fewer passages share a term.
+        queries: list of str. Returns lists of dicts, shorter than k where fewer passages share a term.
         """
         return [self._search(query, k) for query in queries]
 
@@ -80,7 +80,8 @@ class BM25:
         hits = [self.index[term] for term in words(query) if term in self.index]
         if not hits:
             return []
-        ids, where = torch.cat([ids for ids, _ in hits]).unique(return_inverse=True)     # ids ascending
-        scores = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, torch.cat([w for _, w in hits]))
-        best = scores.sort(descending=True, stable=True).indices[:k]                     # stable: corpus order
+        ids, where = torch.cat([ids for ids, _ in hits]).unique(return_inverse=True)  # ascending
+        weights = torch.cat([weights for _, weights in hits])
+        scores = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, weights)
+        best = scores.sort(descending=True, stable=True).indices[:k]  # stable: ties in corpus order
         return [dict(self.passages[ids[i]], score=scores[i].item()) for i in best.tolist()]
