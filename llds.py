@@ -14,7 +14,6 @@ The losses are pure functions of tensors and need torch alone. N rollouts, T tok
 tokens, D hidden units, V vocabulary; column t of every (N, T) tensor belongs to ids[:, t].
 """
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -23,7 +22,8 @@ import string
 import sys
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -31,14 +31,13 @@ from typing import Literal
 import torch
 from datasets import load_dataset
 from datasets.exceptions import DatasetsError
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
-                          Qwen2Config, Qwen2ForCausalLM, get_scheduler, set_seed)
+                          get_scheduler, set_seed)
 from transformers.cache_utils import Cache
 
-from retriever import BM25, load_corpus
+from retriever import ANSWER, BM25, SEARCH, demonstrate, load_corpus, scrambled, tiny_agent
 
 # ------------------------------------------------------------------------------------------- settings
 
@@ -61,6 +60,7 @@ class Config:
     corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
     train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
     eval_data: str = flag("", "held-out questions, jsonl; default: those in --corpus, split 'test'")
+    hops: int = flag(0, "train and evaluate only on questions of so many hops; 0: on all")
     output_dir: str = flag("", "default: runs/<model>-<time>")
     seed: int = flag(0, "of the weights, the order of the questions and the sampling")
     # the episode
@@ -88,12 +88,13 @@ class Config:
     # size and reports
     warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
-    rollout_batch: int = flag(256, "rollouts that share the KV cache at a time")
+    rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     eval_steps: int = flag(10, "evaluate on the held-out questions every so many steps")
     sample_every: int = flag(20, "print an episode every so many steps")
     tokens: bool = flag(False, "print it token by token as well")
     plot: bool = flag(False, "write curves.png (needs matplotlib)")
+    probe: int = flag(0, "only measure, on so many questions, what GRPO on one does to its right responses")
     ask: str = flag("", "answer this question with --model, print the episode and stop")
 
 
@@ -103,11 +104,12 @@ REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, st
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
 LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, steps=0, questions_per_step=1,
               group_size=2, mini_batches=1, passes=1, learning_rate=0, clip=0, beta=0, temperature=1e-3,
-              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1)
+              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1, probe=0)
 
 
-def fail(message):
-    sys.exit(print(f"llds.py: error: {message}", file=sys.stderr) or 2)
+def check(ok, message):
+    if not ok:
+        sys.exit(print(f"llds.py: error: {message}", file=sys.stderr) or 2)
 
 
 def parse_config(argv=None):
@@ -120,22 +122,17 @@ def parse_config(argv=None):
         kept = {k: run[k] for k in (*REAL_MODEL, "chat_template", "max_turns", "top_k") if k in run}
         parser.set_defaults(**{**REAL_MODEL, **kept, "warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name, lowest in [*LOWEST.items(), ("rollout_batch", cfg.group_size)]:
-        if not getattr(cfg, name) >= lowest:
-            fail(f"--{name} must be at least {lowest}, not {getattr(cfg, name)}")
-    if not min(cfg.llds_lambda) >= 0:
-        fail(f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
-    if cfg.mini_batches > cfg.questions_per_step:
-        fail(f"--mini_batches {cfg.mini_batches} is more than --questions_per_step {cfg.questions_per_step}")
-    if cfg.answer_weight != "adaptive" and not re.fullmatch(r"1(\.0*)?|0?\.\d+|0", cfg.answer_weight):
-        fail(f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
-    if cfg.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs matplotlib: pip install matplotlib")
-    if cfg.ask and cfg.model == "tiny":
-        fail("--ask needs a trained --model, such as runs/NAME")
+    for name, lowest in LOWEST.items():
+        check(getattr(cfg, name) >= lowest, f"--{name} must be at least {lowest}, not {getattr(cfg, name)}")
+    check(min(cfg.llds_lambda) >= 0, f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
+    check(cfg.mini_batches <= cfg.questions_per_step,
+          f"--mini_batches {cfg.mini_batches} is more than --questions_per_step {cfg.questions_per_step}")
+    check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
+          f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
+    check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    check(not cfg.ask or cfg.model != "tiny", "--ask needs a trained --model, such as runs/NAME")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
-        print("WARNING: with one update a rollout (--mini_batches 1 --passes 1) the penalty is always 0: it "
-              "compares with the policy that made the rollout", file=sys.stderr)
+        print("WARNING: with one update a rollout (--mini_batches, --passes) LLDS is 0", file=sys.stderr)
     return cfg
 
 
@@ -157,7 +154,6 @@ class Episode:
     fed: int = 0                                   # ids[:fed] are in the KV cache, ids[fed:] are pending
     turn: int = 1
     searches: list = field(default_factory=list)   # of each served search: the contents that came back
-    valid_actions: int = 0
     answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
     reward: float = 0.0
     done: bool = False
@@ -188,8 +184,7 @@ class Environment:
     def __init__(self, tok, retriever, cfg, max_length=float("inf")):
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
         self.template = cfg.chat_template != "off" and tok.chat_template is not None
-        if cfg.chat_template == "on" and not self.template:
-            raise ValueError("--chat_template on: the tokenizer has no chat template")
+        check(self.template or cfg.chat_template != "on", "--chat_template on: the tokenizer has none")
         # Only a token with ">" can complete a tag: </search> itself, or the end of a split one: > >\n\n ></
         pieces = tok.batch_decode([[i] for i in range(len(tok))], clean_up_tokenization_spaces=False)
         self.closers = {i for i, piece in enumerate(pieces) if ">" in piece}
@@ -208,8 +203,8 @@ class Environment:
         if self.template:
             text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tok.encode(text, add_special_tokens=not self.template)
-        if len(ids) >= self.max_length:
-            raise ValueError(f"a prompt of {len(ids)} tokens does not fit a context of {self.max_length}")
+        check(len(ids) < self.max_length,
+              f"a prompt has {len(ids)} tokens, the model's context {self.max_length}: {text[:40]!r}")
         return Episode(question, ids, [0] * len(ids), len(ids))
 
     def complete(self, e):
@@ -234,7 +229,6 @@ class Environment:
                     e.answer_start -= 1
                 e.reward = exact_match(answer, e.question["golden_answers"])
             e.done = answer is not None or last
-            e.valid_actions += answer is not None or query is not None and not last
             if not e.done and query is not None:
                 served.append((e, query))
             elif not e.done:
@@ -291,7 +285,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     groups = [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
-    cache = SlotCache(min(max_rows, len(groups) * group_size), cells)
+    cache = SlotCache(min(max(max_rows, group_size), len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
     bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
 
@@ -327,9 +321,8 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
             in_one_go = 4 * len(waiting) >= len(live)
             active = waiting if in_one_go else range(len(live))
             logits = feed(active, cells if in_one_go else 1)
-        tokens = logits.argmax(dim=-1)
-        if temperature > 0:
-            tokens = torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
+        draw = lambda: torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
+        tokens = draw() if temperature > 0 else logits.argmax(dim=-1)
         completed = []
         for e, token in zip([live[r] for r in active], tokens.tolist()):
             if e.fed == len(e.ids):  # else it still has feedback to read
@@ -490,15 +483,28 @@ def split(lengths, group_size, mini_batches, max_tokens):
     return plan
 
 
+def mean(values):
+    return sum(values) / len(values) if values else None
+
+
+def first_action_match(episodes, group_size):
+    """Of wrong responses with a right one in their group: share whose first search found what its did."""
+    matches = []
+    for start in range(0, len(episodes), group_size):
+        group = episodes[start:start + group_size]
+        found = [e.searches[:1] for e in group if e.reward]
+        matches += [e.searches[:1] in found and e.searches != [] for e in group if found and not e.reward]
+    return mean(matches)
+
+
 def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg):
     """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
-    lengths, mean = [len(e.ids) for e in episodes], lambda values: sum(values) / len(values)
     ids, action_id, answer_mask = pad(episodes, model.device)                           # (N, T) each
     is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=model.device)
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
     searches = mean([len(e.searches) for e in episodes])
     answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    plan = split(lengths, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
+    plan = split([len(e.ids) for e in episodes], cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
 
     @torch.no_grad()
     def all_logps(model):  # over the very micro-batches: unmoved weights give old = new to the last bit
@@ -533,96 +539,50 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
         optimizer.zero_grad()
 
     new_logp, correct, actions = all_logps(model)[0], rewards == 1, is_action.sum().item()
-    per_token = lambda rows: (old_logp[rows].sum() / is_action[rows].sum()).item() if rows.any() else None
-    groups = rewards.view(-1, cfg.group_size)
+    right, wrong = is_action & correct[:, None], is_action & ~correct[:, None]          # (N, T)
+    served = torch.tensor([[len(e.searches)] for e in episodes], device=model.device)   # (N, 1)
+    per_token = lambda mask: mean(old_logp[mask].tolist())
     return {
-        "reward": mean(rewards.tolist()),
-        "logp_correct": per_token(correct), "logp_wrong": per_token(~correct),
-        "displaced": mean(((new_logp - old_logp)[correct].sum(1) < 0).tolist()) if correct.any() else None,
-        "entropy": entropy.sum().item() / actions, "searches": searches,
+        "reward": mean(rewards.tolist()), "searches": searches,
+        "logp_correct": per_token(right), "logp_wrong": per_token(wrong),
+        **{f"logp_action{k}": per_token(right & (action_id == k)) for k in (1, 2)},
+        **{f"logp_{n}searches": per_token(is_action & (served == n)) for n in range(cfg.max_turns + 1)},
+        "displaced": mean(((new_logp - old_logp)[correct].sum(dim=1) < 0).tolist()),
+        "first_action_match": first_action_match(episodes, cfg.group_size),
+        "entropy": entropy.sum().item() / actions,
         **{name: total[name] / updates for name in ("grad_norm", "kl", "llds")},
         "llds_first": total["llds_first"], "ratio_max": total["ratio_max"],
         "clip_frac": total["clipped"] / actions / cfg.passes,
         "llds_gate_frac": total["open_units"] / max(1, total["units"]),
         "llds_token_frac": total["penalized_tokens"] / max(1, total["preserved_tokens"]),
-        "valid_actions": sum(e.valid_actions for e in episodes) / sum(e.turn for e in episodes),
+        "valid_actions": sum(len(e.searches) + (e.answer_start is not None) for e in episodes)
+                         / sum(e.turn for e in episodes),
         "action_tokens": actions / len(episodes),
-        "zero_std_groups": mean((groups.amax(1) == groups.amin(1)).tolist()),
+        "zero_std_groups": mean((advantages == 0).view(-1, cfg.group_size).all(dim=1).tolist()),
     }, (advantages, old_logp, new_logp)
 
 
 # ---------------------------------------------------------------- the models, and the built-in agent
 
-SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
-ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
-
-
 def load_model(cfg, passages, questions):
     """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
     if cfg.model == "tiny":
-        words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(TAG.pattern + r"|\w+|[^\w\s]")
-        words.pre_tokenizer = pre_tokenizers.Split(word, "removed", invert=True)
         texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:cfg.top_k]),
                  *map(information, zip(passages)), *(q["question"] for q in questions)]
-        words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))
-        tok = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
-        model = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
-            tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
+        tok, model = tiny_agent(texts, TAG.pattern)
     else:
         model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
-        if set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}:
-            raise ValueError(f"--model {cfg.model}: a layer without full attention is not supported")
+        check(set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"},
+              f"--model {cfg.model}: a layer without full attention is not supported")
         # By the model's type Auto would give our saved agent the tokenizer of Qwen2, with other ids.
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
     return tok, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # eval, always: no dropout
 
 
-def scrambled(passages, questions):
-    """A world in which each name stands for another of its kind, so that only reading helps. Returns its
-    passages, its questions and its facts {the two names in a passage: the passage's text}."""
-    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
-    other = {}
-    for group in dict.fromkeys(kind.values()):  # names that fit into the same question
-        names = [name for name in kind if kind[name] == group]
-        other.update(zip(names, random.sample(names, len(names))))
-    rename = lambda text: re.sub(r"\w+", lambda word: other.get(word[0], word[0]), text)
-    passages = [{"contents": rename(passage["contents"])} for passage in passages]
-    texts = [passage["contents"].partition("\n")[2] for passage in passages]
-    facts = {frozenset(other.keys() & re.findall(r"\w+", text)): text for text in texts}
-    questions = [dict(q, question=rename(q["question"]), path=[*map(rename, q["path"])]) for q in questions]
-    return passages, questions, facts
-
-
-def demonstrate(env, question, questions, facts):
-    """A scripted episode, imperfect on purpose: searches and quotes, mostly stops after one search, errs."""
-    e, path, thought, name = env.reset(question), question["path"], "", ""
-
-    def act(action):
-        ids = env.encode(action)
-        e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
-        env.respond([e])
-
-    for hop in range(question["hops"]):
-        if hop == 1 and random.random() < 0.7:
-            break
-        if random.random() < 0.1:  # goes after something else
-            path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
-        asked = question["question"].replace(question["path"][0], path[0])
-        query = asked if hop == 0 and random.random() < 0.5 else path[hop]
-        act(SEARCH.format(thought=thought, name=path[hop], query=query))
-        thought = facts[frozenset(path[hop:hop + 2])] + " "
-        name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
-    act(ANSWER.format(thought=thought, name=name))
-    return e
-
-
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
-    if not all(q.get("path") for q in questions):
-        fail("--warm_steps needs questions with a 'path', from the name asked about to the answer")
+    check(all(q.get("path") for q in questions), "--warm_steps needs questions with a 'path', see README")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     env = copy.copy(env)
@@ -643,19 +603,19 @@ def warm_start(model, env, passages, questions, cfg):
 
 # -------------------------------------------------------------------------------------------- reports
 
-CURVES = ("em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
-STEP_LINE = dict(reward="5.3f", logp_correct="6.3f", logp_wrong="6.3f", entropy="5.3f", displaced="4.2f",
-                 grad_norm="5.2f", llds="7.5f", searches="4.2f", seconds="4.1f", em="5.3f")
+SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)
+CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
+STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
 
 def evaluate(model, env, questions, cfg):
-    """Greedy episodes -> em (exact match), em by number of hops where known, searches per question."""
+    """Greedy episodes -> exact match and searches a question, over all and by the number of hops."""
     scores = defaultdict(list)
     for e in rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch):
-        for name in ("em", f"em_{e.question['hops']}hop") if e.question.get("hops") else ("em",):
-            scores[name].append(e.reward)
-        scores["em_searches"].append(len(e.searches))
-    return {name: sum(scores[name]) / len(scores[name]) for name in sorted(scores)}
+        for part in ("", f"_{e.question['hops']}hop") if e.question.get("hops") else ("",):
+            scores["em" + part].append(e.reward)
+            scores["searches" + part].append(len(e.searches))
+    return {f"eval_{name}": mean(scores[name]) for name in sorted(scores)}
 
 
 def show(env, e):
@@ -663,8 +623,7 @@ def show(env, e):
     colours = {"think": 2, "search": 36, "information": 33, "answer": 32 if e.reward else 31}
     paint = lambda tag: f"\033[{colours.get(tag[1], 0)}m{tag[0]}\033[0m" if sys.stdout.isatty() else tag[0]
     print(e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
-    text = env.decode(e.ids[e.action_id.index(1):]).strip()
-    print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, text, flags=re.DOTALL))
+    print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, env.decode(e.ids[e.action_id.index(1):]), flags=re.DOTALL))
 
 
 def show_tokens(env, e, advantage, old_logp, new_logp, cfg):
@@ -688,24 +647,43 @@ def sparkline(values):
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
 
 
+def crossings(history):
+    """{name: step at which a series first showed its sign of trouble}: on means over five steps, reward below
+    3/4 of its best so far, the others beyond a multiple of their first. A heuristic of ours."""
+    crossed = {}
+    for name, factor in SIGNS.items():
+        rows, means = [row for row in history if row[name] is not None], []
+        for i in range(5, len(rows) + 1):
+            means.append(abs(mean([row[name] for row in rows[i - 5:i]])))
+            if means[-1] < factor * max(means) if factor < 1 else means[-1] > factor * means[0]:
+                crossed.setdefault(name, rows[i - 1]["step"])
+    return crossed
+
+
 def report(runs, before, plot):
     """Prints what each run began and ended with, and its curves. runs: {lambda: metrics, step by step}."""
-    series = lambda history, name: [(row["step"], row[name]) for row in history if row.get(name) is not None]
     for llds_lambda, history in runs.items():
         print(f"\nlambda {llds_lambda:g}")
         for name in CURVES:
-            if values := [value for _, value in series(history, name)]:
+            if values := [row[name] for row in history if row.get(name) is not None]:
                 print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
-    print("\nheld-out questions" + "".join(f"{name:>12}" for name in before))
-    for label, row in [("before GRPO", before), *((f"lambda {k:g}", rows[-1]) for k, rows in runs.items())]:
-        print(f"{label:18}" + "".join(f"{row[name]:12.3f}" for name in before))
+        crossed, end = crossings(history), len(history) + 1
+        decay = min(crossed.get("logp_correct", end), crossed.get("entropy", end))
+        fall = max(decay, crossed.get("reward", end))
+        spans = ("I stagnation", 1, decay), ("II decay", decay, fall), ("III acceleration", fall, end)
+        spans = [f"{name}: steps {begin} to {stop - 1}" for name, begin, stop in spans if begin < stop]
+        print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
+    print("\nheld-out questions" + "".join(f"{name[5:]:>15}" for name in before))
+    last = [(f"lambda {llds_lambda:g}", rows[-1]) for llds_lambda, rows in runs.items() if rows]
+    for label, row in [("before GRPO", before)] + last:
+        print(f"{label:18}" + "".join(f"{row[name]:15.3f}" for name in before))
     if plot:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
         for axis, name in zip(axes.flat, CURVES):
             for llds_lambda, history in runs.items():
-                if points := series(history, name):
-                    axis.plot(*zip(*points), label=f"lambda {llds_lambda:g}")
+                points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
+                axis.plot(*zip(*points), label=f"lambda {llds_lambda:g}")
             axis.set(title=name, xlabel="step")
         axes.flat[0].legend()
         figure.savefig(plot)
@@ -717,20 +695,22 @@ def load_questions(path, part):
     """Questions from jsonl: one a line, or those with the right `split` among the `questions` of a corpus."""
     try:
         rows = load_dataset("json", data_files=path, split="train").to_list()
-    except (DatasetsError, StopIteration) as error:
-        raise ValueError(f"{path}: cannot be read as jsonl. {error}") from None
+    except (OSError, DatasetsError, StopIteration) as error:
+        check(False, f"{path}: cannot be read as jsonl. {error}")
     if "questions" in rows[0]:
         rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
     good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
-    if not rows or len(good) < len(rows):
-        raise ValueError(f"{path}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
+    check(good and len(good) == len(rows),
+          f"{path}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
     return rows
 
 
 def train(model, env, questions, held_out, llds_lambda, out, cfg):
     """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
     torch.manual_seed(cfg.seed)
-    shuffle, deck, history = random.Random(cfg.seed), [], []
+    history, n, shuffle, order = [], cfg.questions_per_step, random.Random(cfg.seed), []
+    while len(order) < cfg.steps * n:  # every question once, then all again
+        order += shuffle.sample(questions, len(questions))
     reference = copy.deepcopy(model) if cfg.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
@@ -740,9 +720,7 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
     with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
         for step in range(1, cfg.steps + 1):
             begin = time.perf_counter()
-            while len(deck) < cfg.questions_per_step:  # every question once, then all again
-                deck += shuffle.sample(questions, len(questions))
-            asked, deck = deck[:cfg.questions_per_step], deck[cfg.questions_per_step:]
+            asked = order[(step - 1) * n:step * n]
             episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
             sampled = time.perf_counter() - begin
             metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
@@ -752,8 +730,8 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
                 metrics.update(evaluate(model, env, held_out, cfg))
             history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
             log.write(json.dumps(history[-1]) + "\n")
-            print(f"step {step:4}", *(f" {name} {metrics[name]:{form}}" for name, form in STEP_LINE.items()
-                                      if metrics.get(name) is not None))
+            shown = [name for name in STEP_LINE if metrics.get(name) is not None]
+            print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown))
             if step % cfg.sample_every == 0:
                 show(env, episodes[0])
                 if cfg.tokens:
@@ -763,6 +741,27 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
     return history
 
 
+def probe(model, env, questions, cfg):
+    """v2 eq. 3: what GRPO on one question alone does to the likelihood of its right responses, always from
+    the same weights: one update, where LLDS is silent; then --passes updates, without and with LLDS."""
+    start, asked = copy.deepcopy(model.state_dict()), random.sample(questions, min(cfg.probe, len(questions)))
+    episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+    groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
+    groups = [group for group in groups if len({e.reward for e in group}) == 2]
+    for passes, llds_lambda in [(1, 0.0), *((cfg.passes, x) for x in sorted({0.0, *cfg.llds_lambda}))]:
+        changes, alone = [], replace(cfg, mini_batches=1, passes=passes, beta=0.0)
+        for group in groups:
+            optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
+            _, (advantages, old_logp, new_logp) = train_step(
+                model, None, optimizer, get_scheduler("constant", optimizer), group, llds_lambda, alone)
+            changes.append((new_logp - old_logp)[advantages > 0].sum(dim=1).mean().item())
+            model.load_state_dict(start)
+        print(f"\nupdates {passes}, lambda {llds_lambda:g}: {sum(change < 0 for change in changes)} of "
+              f"{len(groups)} questions lowered the likelihood of their right responses; in nats:")
+        for change in sorted(changes):
+            print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / max(map(abs, changes))))
+
+
 def main(argv=None):
     cfg = parse_config(argv)
     set_seed(cfg.seed)
@@ -770,28 +769,30 @@ def main(argv=None):
         passages = load_corpus(cfg.corpus)
         questions = load_questions(cfg.train_data or cfg.corpus, "train")
         held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
-        tok, model = load_model(cfg, passages, questions + held_out)
+        everything = questions + held_out
+        tok, model = load_model(cfg, passages, everything)
         env = Environment(tok, BM25(passages), cfg, model.config.max_position_embeddings)
     except (OSError, ValueError) as error:
-        fail(error)
+        check(False, error)
+    if cfg.hops:
+        questions, held_out = ([q for q in qs if q.get("hops") == cfg.hops] for qs in (questions, held_out))
+        check(questions and held_out, f"--hops {cfg.hops} leaves no question to train on or to evaluate")
     if cfg.ask:
-        question = {"question": cfg.ask, "golden_answers": []}
-        return show(env, rollout(model, env, [question], temperature=0.0)[0])
+        return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
-    if out.exists() and any(out.iterdir()):
-        fail(f"--output_dir {out} is not empty")
+    check(not out.exists() or not any(out.iterdir()), f"--output_dir {out} is not empty")
     if cfg.warm_steps:
-        warm_start(model, env, passages, questions + held_out, cfg)
+        warm_start(model, env, passages, everything, cfg)
+    if cfg.probe:
+        return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)
-    print("before GRPO: ", *(f"{name} {value:.3f}" for name, value in before.items()))
     start, runs = copy.deepcopy(model.state_dict()), {}
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
         model.load_state_dict(start)
         runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
-    if cfg.steps:
-        report(runs, before, cfg.plot and out / "curves.png")
+    report(runs, before, cfg.plot and out / "curves.png")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT
-"""A search engine small enough to read: Okapi BM25 over a jsonl corpus, in memory.
+"""A search engine small enough to read: Okapi BM25 over a jsonl corpus, in memory. Below it, the built-in
+agent and what it is shown before GRPO: other worlds to search, and a script.
 
     >>> engine = BM25(load_corpus("tiny_corpus.jsonl"))
     >>> engine.search(["capital Paris"], k=1)[0][0]["contents"]
@@ -8,10 +9,13 @@
 import gzip
 import json
 import math
+import random
 import re
 from collections import Counter
 
 import torch
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 
 def words(text):
@@ -85,3 +89,61 @@ class BM25:
         scores = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, weights)
         best = scores.sort(descending=True, stable=True).indices[:k]  # stable: ties in corpus order
         return [dict(self.passages[ids[i]], score=scores[i].item()) for i in best.tolist()]
+
+
+# ------------------------------------------------------------- the built-in agent and its warm start
+
+SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
+ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
+
+
+def tiny_agent(texts, tag):
+    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of texts and of
+    nothing else. tag: a regular expression for what is to be one token beside words and punctuation."""
+    words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(tag + r"|\w+|[^\w\s]")
+    words.pre_tokenizer = pre_tokenizers.Split(word, "removed", invert=True)
+    words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))
+    tok = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+    return tok, Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tok), hidden_size=64, intermediate_size=192, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
+
+
+def scrambled(passages, questions):
+    """A world in which each name stands for another of its kind, so that only reading helps. Returns its
+    passages, its questions and its facts {the two names in a passage: the passage's text}."""
+    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
+    other = {}
+    for group in dict.fromkeys(kind.values()):  # names that fit into the same question
+        names = [name for name in kind if kind[name] == group]
+        other.update(zip(names, random.sample(names, len(names))))
+    rename = lambda text: re.sub(r"\w+", lambda word: other.get(word[0], word[0]), text)
+    passages = [{"contents": rename(passage["contents"])} for passage in passages]
+    texts = [passage["contents"].partition("\n")[2] for passage in passages]
+    facts = {frozenset(other.keys() & re.findall(r"\w+", text)): text for text in texts}
+    questions = [dict(q, question=rename(q["question"]), path=[*map(rename, q["path"])]) for q in questions]
+    return passages, questions, facts
+
+
+def demonstrate(env, question, questions, facts):
+    """A scripted episode, imperfect on purpose: searches and quotes, mostly stops after one search, errs."""
+    e, path, thought, name = env.reset(question), question["path"], "", ""
+
+    def act(action):
+        ids = env.encode(action)
+        e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
+        env.respond([e])
+
+    for hop in range(question["hops"]):
+        if hop == 1 and random.random() < 0.7:
+            break
+        if random.random() < 0.1:  # goes after something else
+            path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
+        asked = question["question"].replace(question["path"][0], path[0])
+        query = asked if hop == 0 and random.random() < 0.5 else path[hop]
+        act(SEARCH.format(thought=thought, name=path[hop], query=query))
+        thought = facts[frozenset(path[hop:hop + 2])] + " "
+        name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
+    act(ANSWER.format(thought=thought, name=name))
+    return e
