@@ -9,9 +9,8 @@ responses share then loses likelihood although nothing asked for it: lazy likeli
 grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far the likelihood of good
 responses has fallen since the rollout), and nothing where it has not. arXiv 2512.04220; v1, v2: its versions.
 
-In the order of the data: settings, episode, rollout, reward, losses, update, built-in agent, reports, main.
-The losses are pure functions of tensors and need torch alone. N rollouts, T tokens (right-padded), M action
-tokens, D hidden units, V vocabulary; column t of every (N, T) tensor belongs to ids[:, t].
+In the order of the data: settings, episode, rollout, reward, losses, update, models, reports. N rollouts,
+T tokens (right-padded), M action tokens, D hidden units, V words; column t of (N, T) belongs to ids[:, t].
 """
 import copy
 import json
@@ -55,7 +54,7 @@ def flag(default, why):
 
 @dataclass
 class Config:
-    """Every knob, once. Defaults suit the built-in agent; REAL_MODEL replaces some for any other --model."""
+    """Every knob, once. Defaults suit the built-in agent; REAL_MODEL replaces some for another on one GPU."""
     model: str = flag("tiny", "'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x")
     corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
     train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
@@ -80,6 +79,7 @@ class Config:
     warmup_ratio: float = flag(0.1, "share of the updates over which the learning rate rises from 0")
     clip: float = flag(0.2, "how far a token's likelihood ratio may move before its gradient stops")
     beta: float = flag(0.0, "KL coefficient, as in TRL; above 0 a frozen copy of the start is kept")
+    freeze_embeddings: bool = flag(False, "GRPO leaves them alone, also those of words it never meets")
     temperature: float = flag(1.0, "of sampling and of all log-probabilities; evaluation is greedy")
     # LLDS
     llds_lambda: list[float] = flag(lambda: [0.1], "weight of the penalty; 0: plain GRPO; several: more runs")
@@ -98,7 +98,6 @@ class Config:
     ask: str = flag("", "answer this question with --model, print the episode and stop")
 
 
-# For one GPU. The paper's setting (512 questions a step, ten updates a rollout) is a command in the README.
 REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
@@ -708,6 +707,7 @@ def load_questions(path, part):
 def train(model, env, questions, held_out, llds_lambda, out, cfg):
     """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
     torch.manual_seed(cfg.seed)
+    model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     history, n, shuffle, order = [], cfg.questions_per_step, random.Random(cfg.seed), []
     while len(order) < cfg.steps * n:  # every question once, then all again
         order += shuffle.sample(questions, len(questions))

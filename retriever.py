@@ -50,9 +50,9 @@ class BM25:
         score(q, d) = sum over terms t of q: idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * |d| / avg|d|))
         idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))                           (never negative)
 
-    tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the query
-    repeats counts each time. Everything but the choice of terms is known when the index is built, so each
-    term keeps two arrays, its passages and what it adds to their scores; a query adds up those of its own terms.
+    tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the
+    query repeats counts each time. All but the choice of terms is known when the index is built: each term
+    keeps two arrays, its passages and what it adds to their scores; a query adds up those of its own terms.
     """
 
     def __init__(self, passages, k1=1.2, b=0.75):

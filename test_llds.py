@@ -450,7 +450,8 @@ def test_bm25_equals_its_formula_spelled_out():
 
 @pytest.mark.parametrize("bad", [b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b"", b'{"contents": "\xff"}'])
 def test_load_corpus_reads_plain_and_gz_and_names_a_bad_line(tmp_path, bad):
-    path, good = tmp_path / "c.jsonl", '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
+    path = tmp_path / "c.jsonl"
+    good = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
     path.write_bytes(good)
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(good))
     for name in (path, f"{path}.gz"):
@@ -873,7 +874,7 @@ def test_llds_acts_from_the_second_update_on(gate, monkeypatch):
     assert not torch.cat(moved[0]).any() and all(torch.cat(update).any() for update in moved[1:])
     assert metrics["llds_first"] == 0.0 < metrics["llds"] and metrics["ratio_max"] > 1 and metrics["kl"] > 0
     assert updated(800, mini_batches=1, passes=1)[0]["llds"] == 0.0
-    still = updated(800, rate=0.0, llds_gate=gate)[0]                        # weights that stand still, two passes
+    still = updated(800, rate=0.0, llds_gate=gate)[0]                      # weights that stand still
     assert (still["llds"], still["llds_gate_frac"], still["ratio_max"]) == (0.0, 0.0, 1.0)
 
 
@@ -885,15 +886,16 @@ def test_micro_batches_do_not_change_the_update():
         assert {name: metrics[name] for name in known} == pytest.approx(known, rel=1e-3, abs=1e-5)
         torch.testing.assert_close(other, weights, rtol=1e-4, atol=1e-5)
     assert want["clip_frac"] > 0 and want["llds_gate_frac"] > 0
-    for knob in ({"beta": 0.0}, {"clip": 9.0}, {"answer_weight": "1"}, {"llds_gate": "token"}, {"temperature": 2.0}):
+    for knob in (dict(beta=0.0), dict(clip=9.0), dict(answer_weight="1"), dict(llds_gate="token"),
+                 dict(temperature=2.0)):
         assert any(not torch.equal(*pair) for pair in zip(updated(10 ** 6, **knob)[1], weights)), knob
 
 
 # ------------------------------------------------------------------------------------------------ diagnosis
 
 def test_first_action_match_by_hand():
-    """Group 1: right ones found a; wrong ones a, then b; b; nothing; an answer at once -> 1 of 4. Group 2: the
-    right one did not search: there is nothing to match, 0 of 1. Group 3: none is right: it does not count."""
+    """One: the right response found a; the wrong ones a, then b; b, then a; nothing; nothing: 1 of 4. Two:
+    two right ones did not search, one found a; the wrong ones a, nothing: 1 of 2. Three: none is right."""
     def of(*pairs):
         return [SimpleNamespace(searches=[[name] for name in found], reward=float(r)) for found, r in pairs]
 
@@ -945,13 +947,14 @@ def test_metrics_tell_actions_and_searches_apart():
             "logp_wrong": mean(lambda e, k: k and not e.reward),
             **{f"logp_action{n}": mean(lambda e, k: k == n and e.reward) for n in (1, 2)},
             **{f"logp_{n}searches": mean(lambda e, k: k and len(e.searches) == n) for n in range(4)}}
-    near([metrics[name] for name in want if want[name] is not None], [x for x in want.values() if x is not None])
-    assert all(metrics[name] is None for name, value in want.items() if value is None)
+    known = {name: value for name, value in want.items() if value is not None}
+    near([metrics[name] for name in known], list(known.values()))
+    assert all(metrics[name] is None for name in want.keys() - known.keys())
     assert len(set(want.values())) > 6
 
 
 def test_the_probe_restores_the_weights_and_counts_what_fell(capsys, monkeypatch):
-    """Every group starts from the same weights and a fresh optimiser; what is printed counts what it lists."""
+    """Each group starts from the same weights and a fresh optimiser; what is printed counts what it lists."""
     model, env, questions = agent(34)
     for q in questions:
         q["golden_answers"] = [*env.tok.get_vocab()][::2]
@@ -969,8 +972,8 @@ def test_the_probe_restores_the_weights_and_counts_what_fell(capsys, monkeypatch
     cfg = llds.Config(probe=5, group_size=8, passes=3, llds_lambda=[2.0], learning_rate=1e-2)
     llds.probe(model.float(), env, questions, cfg)
     assert all(torch.equal(x, before[name].float()) for name, x in model.state_dict().items())
-    n = len(seen) // 3
-    assert n > 1 and seen == [(1, p, weight, 8) for p, weight in ((1, 0.0), (3, 0.0), (3, 2.0)) for _ in range(n)]
+    n, runs = len(seen) // 3, [(1, 1, 0.0, 8), (1, 3, 0.0, 8), (1, 3, 2.0, 8)]
+    assert n > 1 and seen == [run for run in runs for _ in range(n)]
     lines = capsys.readouterr().out.splitlines()
     blocks = [i for i, line in enumerate(lines) if line.startswith("updates ")]
     for i in blocks:
@@ -1017,9 +1020,24 @@ def test_three_steps_from_the_command_line(tmp_path, capsys):
     assert not llds.load_model(llds.Config(model=str(out)), [], [])[1].training         # dropout stays off
 
 
+def test_frozen_embeddings_stand_still_and_nothing_else_does(tmp_path):
+    model, env, questions = agent(35)
+    for q in questions:
+        q["golden_answers"] = [*env.tok.get_vocab()][::2]
+    cfg = llds.Config(steps=1, questions_per_step=4, mini_batches=2, max_new_tokens=9, warmup_ratio=0.0)
+    start = copy.deepcopy(model.float().state_dict())
+    for frozen in (True, False):
+        model.load_state_dict(start)
+        llds.train(model, env, questions, questions, 0.1, tmp_path / str(frozen),
+                   replace(cfg, freeze_embeddings=frozen))
+        still = {name for name, x in model.state_dict().items() if torch.equal(x, start[name])}
+        assert still == ({"model.embed_tokens.weight"} if frozen else set())
+
+
 BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size",
        "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temper",
-       "--answer_weight 1.5": "--answer_weight", "--mini_batches 9 --questions_per_step 8": "--mini_batches",
+       "--answer_weight 1.5": "--answer_weight", "--hops 3": "--hops", "--probe -1": "--probe",
+       "--mini_batches 9 --questions_per_step 8": "--mini_batches",
        "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
        "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
        "--corpus empty.jsonl": "empty.jsonl",
