@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
+from datasets import exceptions, load_dataset
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
@@ -59,6 +58,7 @@ class Config:
     corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
     train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
     eval_data: str = flag("", "held-out questions, jsonl; default: those in --corpus, split 'test'")
+    reward_noise: float = flag(0.0, "share of right answers that earn 0, as exact match does with aliases")
     hops: int = flag(0, "train and evaluate only on questions of so many hops; 0: on all")
     output_dir: str = flag("", "default: runs/<model>-<time>")
     seed: int = flag(0, "of the weights, the order of the questions and the sampling")
@@ -103,7 +103,7 @@ REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, st
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
 LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, steps=0, questions_per_step=1,
               group_size=2, mini_batches=1, passes=1, learning_rate=0, clip=0, beta=0, temperature=1e-3,
-              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1, probe=0)
+              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1, probe=0, reward_noise=0)
 
 
 def check(ok, message):
@@ -384,8 +384,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     ratio = log_ratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    with torch.no_grad():
-        # where min() picked the clipped branch, a constant: no gradient
+    with torch.no_grad():  # beyond: where min() picked the clipped branch, a constant without gradient
         beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
     return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
 
@@ -581,7 +580,7 @@ def load_model(cfg, passages, questions):
 
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
-    check(all(q.get("path") for q in questions), "--warm_steps needs questions with a 'path', see README")
+    check(not cfg.warm_steps or all(q.get("path") for q in questions), "--warm_steps: no 'path' in questions")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     env = copy.copy(env)
@@ -694,7 +693,7 @@ def load_questions(path, part):
     """Questions from jsonl: one a line, or those with the right `split` among the `questions` of a corpus."""
     try:
         rows = load_dataset("json", data_files=path, split="train").to_list()
-    except (OSError, DatasetsError, StopIteration) as error:
+    except (OSError, exceptions.DatasetsError, StopIteration) as error:
         check(False, f"{path}: cannot be read as jsonl. {error}")
     if "questions" in rows[0]:
         rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
@@ -723,6 +722,8 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
             asked = order[(step - 1) * n:step * n]
             episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
             sampled = time.perf_counter() - begin
+            for e in episodes:
+                e.reward *= shuffle.random() >= cfg.reward_noise
             metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
             metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
                        "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
@@ -781,8 +782,7 @@ def main(argv=None):
         return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
     check(not out.exists() or not any(out.iterdir()), f"--output_dir {out} is not empty")
-    if cfg.warm_steps:
-        warm_start(model, env, passages, everything, cfg)
+    warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)

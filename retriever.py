@@ -11,7 +11,11 @@ import json
 import math
 import random
 import re
+import time
+import urllib.request
+from argparse import ArgumentParser
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -91,6 +95,49 @@ class BM25:
         return [dict(self.passages[ids[i]], score=scores[i].item()) for i in best.tolist()]
 
 
+class HTTPRetriever:
+    """A retrieval server that speaks Search-R1's protocol, instead of an index in memory: POST to url
+    {"queries": [...], "topk": k, "return_scores": true}; it answers, for each query, with its hits,
+    {"result": [[{"document": {"contents": ...}, "score": x}, ...], ...]}."""
+
+    def __init__(self, url, timeout=60, tries=5):
+        self.url, self.timeout, self.tries = url, timeout, tries
+
+    def search(self, queries, k):
+        """As BM25.search. Waits 1, 2, 4, ... seconds after a failure; OSError with the url after the last."""
+        body = json.dumps({"queries": list(queries), "topk": k, "return_scores": True}).encode()
+        request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
+        for attempt in range(self.tries if queries else 0):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    found = json.load(reply)["result"]
+                return [[dict(hit["document"], score=hit["score"]) for hit in hits] for hits in found]
+            except (OSError, ValueError, KeyError, TypeError) as error:  # no answer, or not the protocol
+                if attempt == self.tries - 1:
+                    raise OSError(f"retrieval server {self.url}: {error!r}, {self.tries} times") from error
+                time.sleep(2 ** attempt)
+        return []
+
+
+def serve(engine, port):
+    """A server for Search-R1's protocol in front of engine; port 0: any free one. See its serve_forever()."""
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            try:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                found = engine.search(asked["queries"], asked.get("topk") or 3)
+            except (ValueError, KeyError, TypeError) as error:
+                return self.send_error(400, repr(error))
+            if asked.get("return_scores"):
+                found = [[{"document": hit, "score": hit.pop("score")} for hit in hits] for hits in found]
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(json.dumps({"result": found}).encode())
+
+    return ThreadingHTTPServer(("", port), Handler)
+
+
 # ------------------------------------------------------------- the built-in agent and its warm start
 
 SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
@@ -147,3 +194,11 @@ def demonstrate(env, question, questions, facts):
         name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
     act(ANSWER.format(thought=thought, name=name))
     return e
+
+
+if __name__ == "__main__":
+    parser = ArgumentParser(description="Serves BM25 over a corpus, in Search-R1's protocol.")
+    parser.add_argument("--corpus", default="tiny_corpus.jsonl")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args()
+    serve(BM25(load_corpus(args.corpus)), args.port).serve_forever()
