@@ -4,7 +4,7 @@ agent and what it is shown before GRPO: other worlds to search, and a script.
 
     >>> engine = BM25(load_corpus("tiny_corpus.jsonl"))
     >>> engine.search(["capital Paris"], k=1)[0][0]["contents"]
-    '"Paris"\\nParis is the capital city of France.'
+    '"Paris"\\nParis is the capital of France.'
 """
 import gzip
 import json
@@ -14,7 +14,6 @@ import re
 import time
 import urllib.request
 from argparse import ArgumentParser
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -62,20 +61,17 @@ class BM25:
     def __init__(self, passages, k1=1.2, b=0.75):
         """passages: list of dicts with a string `contents`."""
         self.passages = passages
-        counts = [Counter(words(passage["contents"])) for passage in passages]
-        lengths = [sum(count.values()) for count in counts]
-        mean_length = sum(lengths) / max(1, len(passages)) or 1.0
-        postings = {}
-        for d, count in enumerate(counts):
-            norm = k1 * (1 - b + b * lengths[d] / mean_length)
-            for term, tf in count.items():
-                ids, weights = postings.setdefault(term, ([], []))
-                ids.append(d)
-                weights.append(tf * (k1 + 1) / (tf + norm))
-        self.index = {}
-        for term, (ids, weights) in postings.items():
-            idf = math.log(1 + (len(passages) - len(ids) + 0.5) / (len(ids) + 0.5))
-            self.index[term] = torch.tensor(ids), torch.tensor(weights, dtype=torch.float64) * idf
+        docs = [words(passage["contents"]) for passage in passages]
+        lengths = torch.tensor([len(doc) for doc in docs], dtype=torch.float64)
+        norm = k1 * (1 - b + b * lengths / (lengths.mean() or 1.0))
+        postings, self.index = {}, {}
+        for d, doc in enumerate(docs):
+            for term in doc:
+                postings.setdefault(term, []).append(d)  # d as often as the term stands in it
+        for term, ids in postings.items():
+            ids, tf = torch.tensor(ids).unique_consecutive(return_counts=True)
+            idf = math.log(1 + (len(docs) - len(ids) + 0.5) / (len(ids) + 0.5))
+            self.index[term] = ids, tf.double() * (k1 + 1) / (tf + norm[ids]) * idf
 
     def search(self, queries, k):
         """The k best passages for each query, best first, as copies with their `score`; ties in corpus order.
@@ -85,14 +81,14 @@ class BM25:
         return [self._search(query, k) for query in queries]
 
     def _search(self, query, k):
-        hits = [self.index[term] for term in words(query) if term in self.index]
-        if not hits:
-            return []
-        ids, where = torch.cat([ids for ids, _ in hits]).unique(return_inverse=True)  # ascending
-        weights = torch.cat([weights for _, weights in hits])
-        scores = torch.zeros(len(ids), dtype=torch.float64).index_add(0, where, weights)
-        best = scores.sort(descending=True, stable=True).indices[:k]  # stable: ties in corpus order
-        return [dict(self.passages[ids[i]], score=scores[i].item()) for i in best.tolist()]
+        scores = torch.zeros(len(self.passages), dtype=torch.float64)
+        for term in words(query):
+            if term in self.index:
+                scores.index_add_(0, *self.index[term])
+        least = scores.topk(min(k, len(scores))).values[-1]  # of the k best
+        ids = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # ascending; more than k where scores tie
+        best = ids[scores[ids].sort(descending=True, stable=True).indices[:k]]  # stable: ties in corpus order
+        return [dict(self.passages[d], score=scores[d].item()) for d in best.tolist()]
 
 
 class HTTPRetriever:
@@ -123,11 +119,8 @@ def serve(engine, port):
     """A server for Search-R1's protocol in front of engine; port 0: any free one. See its serve_forever()."""
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
-            try:
-                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                found = engine.search(asked["queries"], asked.get("topk") or 3)
-            except (ValueError, KeyError, TypeError) as error:
-                return self.send_error(400, repr(error))
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            found = engine.search(asked["queries"], asked.get("topk") or 3)
             if asked.get("return_scores"):
                 found = [[{"document": hit, "score": hit.pop("score")} for hit in hits] for hits in found]
             self.send_response(200)
