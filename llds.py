@@ -35,7 +35,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser,
                           get_scheduler, set_seed)
 from transformers.cache_utils import Cache
 
-from retriever import ANSWER, BM25, SEARCH, demonstrate, load_corpus, scrambled, tiny_agent
+from retriever import ANSWER, BM25, SEARCH, HTTPRetriever, demonstrate, load_corpus, scrambled, tiny_agent
 
 # ------------------------------------------------------------------------------------------- settings
 
@@ -56,6 +56,7 @@ class Config:
     """Every knob, once. Defaults suit the built-in agent; REAL_MODEL replaces some for another on one GPU."""
     model: str = flag("tiny", "'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x")
     corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
+    retriever_url: str = flag("", "search there instead, in Search-R1's protocol: http://HOST:8000/retrieve")
     train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
     eval_data: str = flag("", "held-out questions, jsonl; default: those in --corpus, split 'test'")
     reward_noise: float = flag(0.0, "share of right answers that earn 0, as exact match does with aliases")
@@ -124,8 +125,7 @@ def parse_config(argv=None):
     for name, lowest in LOWEST.items():
         check(getattr(cfg, name) >= lowest, f"--{name} must be at least {lowest}, not {getattr(cfg, name)}")
     check(min(cfg.llds_lambda) >= 0, f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
-    check(cfg.mini_batches <= cfg.questions_per_step,
-          f"--mini_batches {cfg.mini_batches} is more than --questions_per_step {cfg.questions_per_step}")
+    check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
           f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
     check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
@@ -202,8 +202,7 @@ class Environment:
         if self.template:
             text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = self.tok.encode(text, add_special_tokens=not self.template)
-        check(len(ids) < self.max_length,
-              f"a prompt has {len(ids)} tokens, the model's context {self.max_length}: {text[:40]!r}")
+        check(len(ids) < self.max_length, f"prompt beyond the context of {self.max_length}: {text[:40]!r}...")
         return Episode(question, ids, [0] * len(ids), len(ids))
 
     def complete(self, e):
@@ -772,7 +771,8 @@ def main(argv=None):
         held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
         everything = questions + held_out
         tok, model = load_model(cfg, passages, everything)
-        env = Environment(tok, BM25(passages), cfg, model.config.max_position_embeddings)
+        retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
+        env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
     except (OSError, ValueError) as error:
         check(False, error)
     if cfg.hops:

@@ -5,6 +5,7 @@ The oracle of the rollouts is play(): one episode, one token at a time, the whol
 """
 import copy
 import gzip
+import io
 import json
 import math
 import os
@@ -12,6 +13,8 @@ import random
 import re
 import subprocess
 import sys
+import threading
+import urllib.request
 from collections import Counter
 from dataclasses import replace
 from functools import cache, partial
@@ -25,7 +28,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 import llds
-from retriever import BM25, load_corpus, words
+import retriever
+from retriever import BM25, HTTPRetriever, load_corpus, serve, words
 
 torch.set_num_threads(1)
 GATES = ("token", "response", "action")
@@ -462,6 +466,45 @@ def test_load_corpus_reads_plain_and_gz_and_names_a_bad_line(tmp_path, bad):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"c\.jsonl: .*empty"):
         load_corpus(path)
+
+
+def test_http_and_in_process_search_give_the_identical_feedback():
+    """retriever.py's server and client, and Search-R1's JSON between them."""
+    engine = BM25(PASSAGES)
+    server = serve(engine, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = HTTPRetriever(f"http://127.0.0.1:{server.server_port}/retrieve", timeout=10)
+    queries = [q["question"] for q in QUESTIONS[::83]] + ["Zürich é日", "?!"]
+    found = there.search(queries, 3)
+    assert found == engine.search(queries, 3) and found[-1] == [] and there.search([], 3) == []
+    assert list(map(llds.information, found)) == list(map(llds.information, engine.search(queries, 3)))
+    paris = engine.search(["Paris"], 3)[0]
+    bare = [{name: value for name, value in hit.items() if name != "score"} for hit in paris]
+    hits = [{"document": document, "score": hit["score"]} for document, hit in zip(bare, paris)]
+    for asked, want in (({"queries": ["Paris"], "topk": 1, "return_scores": True}, [hits[:1]]),
+                        ({"queries": ["Paris", "?"]}, [paris, []])):       # three documents by default
+        request = urllib.request.Request(there.url, json.dumps(asked).encode())
+        assert json.load(urllib.request.urlopen(request, timeout=10)) == {"result": want}
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_dead_server_is_retried_and_then_named(monkeypatch):
+    waits, answers = [], [OSError("down"), b"<html>", b'{"result": 3}', b'{"result": [[]]}']
+
+    def urlopen(request, timeout):
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(retriever.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(retriever.time, "sleep", waits.append)
+    assert HTTPRetriever("http://x:1/retrieve", tries=4).search(["q"], 3) == [[]] and waits == [1, 2, 4]
+    answers[:] = [OSError("down")] * 2
+    with pytest.raises(OSError, match="http://x:1/retrieve.*down.*2 times"):
+        HTTPRetriever("http://x:1/retrieve", tries=2).search(["q"], 3)
+    assert waits == [1, 2, 4, 1]
 
 
 def test_what_the_corpus_promises():
