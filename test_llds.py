@@ -3,6 +3,7 @@
 
 The oracle of the rollouts is play(): one episode, one token at a time, the whole context read anew.
 """
+import argparse
 import copy
 import gzip
 import io
@@ -14,18 +15,28 @@ import re
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
+import warnings
 from collections import Counter
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from itertools import accumulate, chain
 from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import Cache
+from transformers.utils import logging as transformers_logging
 
 import llds
 import retriever
@@ -1105,3 +1116,321 @@ def test_one_update_per_rollout_with_llds_says_so_loudly(capsys):
     assert "warning" in capsys.readouterr().err.lower()
     llds.parse_config(["--mini_batches", "1", "--llds_lambda", "0"])
     assert not capsys.readouterr().err
+
+
+# ------------------------------------------------------------- python test_llds.py bench [--model PATH]
+
+CUDA = torch.cuda.is_available()
+
+
+def clock():
+    """Seconds: of the wall with a GPU, else those this process worked, whatever else the machine runs."""
+    return (torch.cuda.synchronize() or time.perf_counter()) if CUDA else time.process_time()
+
+
+def race(repeats, works):
+    """{name: median seconds} of works that take turns: a slow minute of the machine meets them all."""
+    seconds = {name: [] for name in works}
+    for name, work in [*works.items()] * repeats:
+        begin = clock()
+        work()
+        seconds[name].append(clock() - begin)
+    return {name: median(values) for name, values in seconds.items()}
+
+
+def say(what, unit, values):
+    """A line: each value and, in brackets, how many times the first it is."""
+    first = next(iter(values.values()))
+    print(f"  {what:21}" + "   ".join(f"{name} {round(x, 3 if x < 100 else None)}{unit} ({x / first:.3g})"
+                                      for name, x in values.items()), flush=True)
+
+
+class Paced(llds.Environment):
+    """Untrained weights write no tags: each action has a length drawn beforehand, feedback 150 tokens."""
+
+    def reset(self, question):
+        e = super().reset(question)
+        e.lengths = random.choices(range(16, 49), k=self.cfg.max_turns + 1)
+        return e
+
+    def complete(self, e):
+        return len(e.ids) - e.start == e.lengths[e.turn - 1]
+
+    def respond(self, episodes):
+        for e in episodes:
+            e.done = e.turn == len(e.lengths)
+            if not e.done:
+                self.append(e, [*range(50)] * 3)
+
+
+@torch.no_grad()
+def naive(model, env, questions, group_size, temperature):
+    """The usual loop: generate() until the action of every row is complete, then read each context anew."""
+    episodes = [env.reset(question) for question in questions for _ in range(group_size)]
+    while live := [e for e in episodes if not e.done]:
+        width, ended = max(len(e.ids) for e in live), [False] * len(live)
+        pads = [width - len(e.ids) for e in live]
+        ids = torch.tensor([[0] * pad + e.ids for pad, e in zip(pads, live)], device=model.device)
+        mask = torch.arange(width, device=model.device) >= torch.tensor(pads, device=model.device)[:, None]
+
+        def stop(ids, _):
+            for r, token in enumerate(ids[:, -1].tolist()):
+                if not ended[r]:
+                    live[r].ids.append(token)
+                    live[r].action_id.append(live[r].turn)
+                    ended[r] = env.complete(live[r])
+            return torch.tensor(ended, device=ids.device)
+
+        model.generate(ids, attention_mask=mask.long(), stopping_criteria=[stop], do_sample=temperature > 0,
+                       top_k=0, max_new_tokens=env.cfg.max_new_tokens, pad_token_id=0, eos_token_id=-1)
+        env.respond(live)
+    return episodes
+
+
+class Cells(Cache):
+    """The least that a cache can do: write the new, show all."""
+
+    def __init__(self, rows, cells):
+        super().__init__(layers=[])
+        self.shape, self.store = (rows, cells), {}
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        rows, heads, width, size = keys.shape
+        if layer not in self.store:
+            self.store[layer] = keys.new_zeros(2, self.shape[0], heads, self.shape[1], size)
+        for buffer, new in zip(self.store[layer], (keys, values)):
+            buffer[:rows, :, self.used - width:self.used] = new
+        return [buffer[:rows, :, :self.used] for buffer in self.store[layer]]
+
+
+@torch.no_grad()
+def bare(model, calls):
+    """The limit: the forwards of a rollout, the same tokens in the same shapes, and nothing around them."""
+    used = [call["attention_mask"].shape[-1] for call in calls]
+    cache = Cells(max(len(call["input_ids"]) for call in calls), max(used))
+    for call, cache.used in zip(calls, used):
+        hidden = model.base_model(**call, past_key_values=cache, use_cache=True)[0]
+        model.get_output_embeddings()(hidden[:, -1]).argmax(dim=-1).tolist()
+
+
+def bench_rollout(model, env, questions):
+    """Ours, the naive loop, the limit; greedy, and first in float64: they play the same episodes."""
+    def play(loop, model=model, asked=questions):
+        random.seed(0)                                                     # of the lengths
+        return loop(model, env, asked, 8, temperature=0.0)
+
+    def calls(loop):
+        made, inputs = [], ("input_ids", "position_ids", "attention_mask")
+        keep = lambda module, args, kwargs: made.append({name: kwargs[name] for name in inputs})
+        hook = model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
+        play(loop)
+        hook.remove()
+        return made
+
+    exact = copy.deepcopy(model).double()
+    ours, theirs = ([e.ids for e in play(loop, exact, questions[:1])] for loop in (llds.rollout, naive))
+    assert ours == theirs
+    made, reread = calls(llds.rollout), calls(naive)
+    say("rollout", " s", race(3, {"ours": lambda: play(llds.rollout), "naive": lambda: play(naive),
+                                  "forwards alone": lambda: bare(model, made)}))
+    tokens = lambda calls: sum(call["input_ids"].numel() for call in calls)
+    say("tokens with padding", "", {"ours": tokens(made), "naive": tokens(reread)})
+    say("forwards", "", {"ours": len(made), "naive": len(reread)})
+
+
+def update(model, episodes, llds_lambda=0.1, penalty=llds.llds_penalty, mini_batches=4):
+    """A train_step on rollouts that are right or wrong by decree."""
+    for i, e in enumerate(episodes):
+        e.reward = float(i % 3 == 0)
+    optimizer, real = torch.optim.AdamW(model.parameters(), 1e-5), llds.llds_penalty
+    llds.llds_penalty = penalty
+    llds.train_step(model, None, optimizer, SimpleNamespace(step=lambda: None), episodes, llds_lambda,
+                    llds.Config(mini_batches=mini_batches))
+    llds.llds_penalty = real
+
+
+def bench_update(model, episodes):
+    """llds_penalty is computed at lambda 0 too, for the metrics; `without` never. Its own seconds: forward
+    and backward, in all four mini-batches."""
+    spent = []
+
+    def watched(logp, *args):
+        begin = clock()
+        loss, info = llds_penalty(logp, *args)
+        torch.autograd.grad(loss, logp, retain_graph=True)
+        spent.append(clock() - begin)
+        return loss, info
+
+    llds_penalty, nothing = llds.llds_penalty, (torch.zeros(()), dict.fromkeys(COUNTS, torch.zeros(())))
+    seconds = race(3, {"without LLDS": lambda: update(model, episodes, 0.0, lambda *_: nothing),
+                       "lambda 0": lambda: update(model, episodes, 0.0),
+                       "lambda 0.1": lambda: update(model, episodes)})
+    update(model, episodes, penalty=watched)
+    say("update", " s", seconds | {"llds_penalty itself": sum(spent)})
+
+
+def bench_trl(model, env, questions, rounds=2):
+    """TRL's trainer with the naive loop, as its own tool loop is: seconds of a rollout and four updates."""
+    from trl import GRPOConfig, GRPOTrainer
+    begins = []
+
+    def play(prompts, trainer):                                            # each question comes eight times
+        begins.append(clock())
+        episodes = naive(trainer.model, env, [{"question": prompt} for prompt in prompts], 1, 1.0)
+        starts = [e.action_id.index(1) for e in episodes]
+        return {"prompt_ids": [e.ids[:n] for e, n in zip(episodes, starts)], "logprobs": None,
+                "completion_ids": [e.ids[n:] for e, n in zip(episodes, starts)],
+                "env_mask": [[int(k > 0) for k in e.action_id[n:]] for e, n in zip(episodes, starts)]}
+
+    with TemporaryDirectory() as out, redirect_stdout(None):
+        args = GRPOConfig(
+            output_dir=out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8,
+            per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not CUDA, bf16=False,
+            gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no",
+            disable_tqdm=True)
+        right = lambda prompts, **_: [float(i % 3 == 0) for i in range(len(prompts))]
+        data = Dataset.from_list([{"prompt": q["question"]} for q in questions])
+        GRPOTrainer(copy.deepcopy(model), right, args, data, processing_class=env.tok,
+                    rollout_func=play).train()
+    begins.append(clock())
+    return median(after - before for before, after in zip(begins, begins[1:]))
+
+
+def bench_model(model, env):
+    questions, play = QUESTIONS[:4], partial(llds.rollout, model, env, group_size=8)
+    bench_rollout(model, env, questions)
+    bench_update(model, play(questions))
+    ours = race(2, {"ours": lambda: update(model, play(questions))})
+    if CUDA:
+        seconds, written = race(3, {"rollout": lambda: play(questions)})["rollout"], play(questions)
+        print(f"  sampled tokens a second {sum(k > 0 for e in written for k in e.action_id) / seconds:.0f}, "
+              f"peak {peak(lambda: update(model, play(questions))):.0f} MiB")
+    if find_spec("trl"):
+        ours["TRL"] = bench_trl(model, env, questions)
+    say("rollout and update", " s" if "TRL" in ours else " s; trl: not installed", ours)
+    episodes, works = play(questions), {}
+    for n in (1, 2, 4):
+        works[f"rollout {n}x"] = partial(play, questions[:n])
+        works[f"update {n}x"] = partial(update, model, episodes[:8 * n], mini_batches=1)
+    grown = race(2, works)
+    for what in ("rollout", "update"):
+        say("tokens", " s", {name: seconds for name, seconds in grown.items() if what in name})
+
+
+def peak(work):
+    """MiB in use at most while it works: on the GPU, else in a forked child."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+        work()
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    child = os.fork()
+    if child == 0:
+        work()
+        os._exit(0)
+    _, status, usage = os.wait4(child, 0)
+    assert status == 0, "the child failed"
+    return usage.ru_maxrss / 2 ** 10                                       # KiB on Linux
+
+
+def bench_logps():
+    """token_logps beside (2048, 151936) logits, forward and backward; half of the tokens are feedback."""
+    model = qwen2(vocab_size=151936, hidden_size=64, num_hidden_layers=1)
+    ids = torch.randint(151936, (2, 1024), device=model.device)
+    action_id = (torch.arange(1024, device=model.device) // 64 % 2).repeat(2, 1)
+
+    def full():
+        logp = model(ids[:, :-1]).logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
+        (logp * action_id[:, 1:]).sum().backward()
+
+    works = {"token_logps": lambda: llds.token_logps(model, ids, action_id)[0].sum().backward(),
+             "full logits": full}
+    least = peak(lambda: None)
+    say("extra peak memory", " MiB", {name: peak(work) - least for name, work in works.items()})
+    say("time", " s", race(2, works))
+
+
+def bench_search():
+    """Our BM25, bm25s and rank_bm25: the same words, k1, b and idf -> the same three best passages."""
+    rows = (50_000 ** torch.rand(100_000, 60)).long().tolist()             # Zipf
+    passages = [{"id": d, "contents": " ".join(f"w{i}" for i in row)} for d, row in enumerate(rows)]
+    queries = [" ".join(f"w{i}" for i in random.sample(row, 8)) for row in random.sample(rows, 100)]
+    docs = lambda: [words(passage["contents"]) for passage in passages]
+
+    def ours():
+        engine = BM25(passages)
+        return lambda query: [(hit["id"], hit["score"]) for hit in engine.search([query], 3)[0]]
+
+    def bm25s():
+        engine = import_module("bm25s").BM25(method="lucene", k1=1.2, b=0.75)
+        engine.index(docs(), show_progress=False)
+
+        def search(query):
+            ids, scores = engine.retrieve([words(query)], k=3, show_progress=False)
+            return [*zip(ids[0].tolist(), 2.2 * scores[0])]                # lucene leaves out k1 + 1
+        return search
+
+    def rank_bm25():
+        class Okapi(import_module("rank_bm25").BM25Okapi):
+            def _calc_idf(self, dfs):                                      # its own can be negative
+                n = self.corpus_size
+                self.idf = {word: math.log(1 + (n - df + 0.5) / (df + 0.5)) for word, df in dfs.items()}
+
+        engine = Okapi(docs(), k1=1.2, b=0.75)
+
+        def search(query):
+            scores = engine.get_scores(words(query))
+            return [(d, scores[d]) for d in (-scores).argsort(kind="stable")[:3].tolist()]
+        return search
+
+    built, found, hits = {}, {}, {}
+    for library in (ours, bm25s, rank_bm25):
+        name, engine = library.__name__, []
+        if library != ours and not find_spec(name):
+            print(f"  {name}: not installed")
+            continue
+        some = queries[:5] if library == rank_bm25 else queries
+        built |= race(1, {name: lambda: engine.append(library())})
+        found |= race(3, {name: lambda: hits.update({name: [*map(engine[0], some)]})})
+        found[name] *= 1000 / len(some)
+        for got, want in zip(hits[name], hits["ours"]):
+            near([score for _, score in got], [score for _, score in want])
+        same = sum([d for d, _ in got] == [d for d, _ in want] for got, want in zip(hits[name], hits["ours"]))
+        print(f"  {name}: the same 3 scores as ours, in {same} of {len(some)} queries the same 3 passages")
+    say("build", " s", built)
+    say("search", " ms a query", found)
+
+
+def qwen2(**sizes):
+    """Random weights."""
+    config = Qwen2Config(**dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=768) | sizes)
+    return Qwen2ForCausalLM(config).to("cuda" if CUDA else "cpu").eval()
+
+
+def bench(path):
+    torch.manual_seed(0)
+    transformers_logging.set_verbosity_error()
+    warnings.simplefilter("ignore")                                        # TRL's
+    print("Medians,", f"on {torch.cuda.get_device_name()}" if CUDA else "seconds of CPU work of one thread",
+          "(in brackets: how many times the first of the line)\nRollouts: 4 groups of 8, 3 searches and an "
+          "answer of 16 to 48 tokens, feedback of 150 tokens; an update is 4 mini-batches")
+    tok, agent = llds.load_model(llds.Config(), PASSAGES, QUESTIONS)
+    models = {"built-in agent": (tok, agent), "Qwen2, 4 layers, hidden 256, random weights": (
+        tok, qwen2(vocab_size=len(tok), hidden_size=256, num_hidden_layers=4))}
+    if path:
+        models[path] = llds.load_model(llds.Config(model=path), [], [])
+    for name, (tok, model) in models.items():
+        print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
+        model.generation_config = GenerationConfig()                       # no penalty, no EOS
+        bench_model(model, Paced(tok, None, llds.Config(prompt=llds.PROMPT, max_new_tokens=48,
+                                                        max_feedback_tokens=150)))
+    print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936")
+    bench_logps()
+    print("\nBM25, 100,000 passages of 60 words, queries of 8 words")
+    bench_search()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="bench: times and ratios. (The tests: python -m pytest.)")
+    parser.add_argument("command", choices=["bench"])
+    parser.add_argument("--model", help="measure this one too; as llds.py takes it")
+    bench(parser.parse_args().model)
