@@ -319,8 +319,8 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
             in_one_go = 4 * len(waiting) >= len(live)
             active = waiting if in_one_go else range(len(live))
             logits = feed(active, cells if in_one_go else 1)
-        draw = lambda: torch.multinomial(torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
-        tokens = draw() if temperature > 0 else logits.argmax(dim=-1)
+        tokens = logits.argmax(dim=-1) if temperature == 0 else torch.multinomial(
+            torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
         completed = []
         for e, token in zip([live[r] for r in active], tokens.tolist()):
             if e.fed == len(e.ids):  # else it still has feedback to read
@@ -748,7 +748,7 @@ def probe(model, env, questions, cfg):
     episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
     groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
     groups = [group for group in groups if len({e.reward for e in group}) == 2]
-    for passes, llds_lambda in [(1, 0.0), *((cfg.passes, x) for x in sorted({0.0, *cfg.llds_lambda}))]:
+    for passes, llds_lambda in sorted({(1, 0.0), *((cfg.passes, x) for x in (0.0, *cfg.llds_lambda))}):
         changes, alone = [], replace(cfg, mini_batches=1, passes=passes, beta=0.0)
         for group in groups:
             optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
@@ -759,7 +759,7 @@ def probe(model, env, questions, cfg):
         print(f"\nupdates {passes}, lambda {llds_lambda:g}: {sum(change < 0 for change in changes)} of "
               f"{len(groups)} questions lowered the likelihood of their right responses; in nats:")
         for change in sorted(changes):
-            print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / max(map(abs, changes))))
+            print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / (max(map(abs, changes)) or 1)))
 
 
 def main(argv=None):
