@@ -17,6 +17,8 @@ import json
 import math
 import random
 import re
+import shutil
+import signal
 import string
 import sys
 import time
@@ -27,18 +29,20 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal
 
+import pandas
 import torch
 from datasets import exceptions, load_dataset
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
                           get_scheduler, set_seed)
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.cache_utils import Cache
 
-from retriever import ANSWER, BM25, SEARCH, HTTPRetriever, demonstrate, load_corpus, scrambled, tiny_agent
+from retriever import ANSWER, BM25, SEARCH, HTTPRetriever, information, lessons, load_corpus, tiny_agent
 
 # ------------------------------------------------------------------------------------------- settings
-
 PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
 If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
 and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
@@ -46,10 +50,10 @@ few words as possible </answer>.
 Question: {question}
 """
 
-
 def flag(default, why):
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
 
+DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
 
 @dataclass
 class Config:
@@ -57,8 +61,8 @@ class Config:
     model: str = flag("tiny", "'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x")
     corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages to search, jsonl[.gz]")
     retriever_url: str = flag("", "search there instead, in Search-R1's protocol: http://HOST:8000/retrieve")
-    train_data: str = flag("", "questions to train on, jsonl; default: those in --corpus, split 'train'")
-    eval_data: str = flag("", "held-out questions, jsonl; default: those in --corpus, split 'test'")
+    train_data: str = flag("", "questions to train on: SET[,SET...], default: --corpus; see load_questions")
+    eval_data: str = flag("", "held-out questions, in the same form; each set is scored by itself")
     reward_noise: float = flag(0.0, "share of right answers that earn 0, as exact match does with aliases")
     hops: int = flag(0, "train and evaluate only on questions of so many hops; 0: on all")
     output_dir: str = flag("", "default: runs/<model>-<time>")
@@ -86,31 +90,32 @@ class Config:
     llds_lambda: list[float] = flag(lambda: [0.1], "weight of the penalty; 0: plain GRPO; several: more runs")
     llds_gate: Literal["token", "response", "action"] = flag("response", "what must have become less likely")
     answer_weight: str = flag("1", "of the answer's tokens in the penalty: 0 to 1, or 'adaptive' (LLDS-MA)")
-    # size and reports
+    # size, checkpoints, reports
     warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
     rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
+    dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of products; weights are always float32")
+    save_steps: int = flag(50, "write a checkpoint every so many steps, and on Ctrl-C or SIGTERM")
+    resume: bool = flag(False, "go on from the last checkpoint in --output_dir, with the same flags")
     eval_steps: int = flag(10, "evaluate on the held-out questions every so many steps")
     sample_every: int = flag(20, "print an episode every so many steps")
     tokens: bool = flag(False, "print it token by token as well")
     plot: bool = flag(False, "write curves.png (needs matplotlib)")
     probe: int = flag(0, "only measure, on so many questions, what GRPO on one does to its right responses")
+    eval: bool = flag(False, "only evaluate --model, on each set of --eval_data")
     ask: str = flag("", "answer this question with --model, print the episode and stop")
-
 
 REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
-LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, steps=0, questions_per_step=1,
-              group_size=2, mini_batches=1, passes=1, learning_rate=0, clip=0, beta=0, temperature=1e-3,
-              warm_steps=0, micro_batch_tokens=1, eval_steps=1, sample_every=1, probe=0, reward_noise=0)
-
+LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, questions_per_step=1,
+              group_size=2, mini_batches=1, passes=1, temperature=1e-3, micro_batch_tokens=1, save_steps=1,
+              eval_steps=1, sample_every=1)  # 0 for the other numbers
 
 def check(ok, message):
     if not ok:
         sys.exit(print(f"llds.py: error: {message}", file=sys.stderr) or 2)
-
 
 def parse_config(argv=None):
     """Command line -> Config. The preset follows --model; a run of ours has its own in its config.json."""
@@ -122,26 +127,24 @@ def parse_config(argv=None):
         kept = {k: run[k] for k in (*REAL_MODEL, "chat_template", "max_turns", "top_k") if k in run}
         parser.set_defaults(**{**REAL_MODEL, **kept, "warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name, lowest in LOWEST.items():
-        check(getattr(cfg, name) >= lowest, f"--{name} must be at least {lowest}, not {getattr(cfg, name)}")
+    for name, value in asdict(cfg).items():
+        low = LOWEST.get(name, 0)
+        check(isinstance(value, (str, list)) or value >= low, f"--{name} must be at least {low}, not {value}")
     check(min(cfg.llds_lambda) >= 0, f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
           f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
     check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    check(cfg.output_dir or not cfg.resume, "--resume needs the --output_dir of the run")
     check(not cfg.ask or cfg.model != "tiny", "--ask needs a trained --model, such as runs/NAME")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
         print("WARNING: with one update a rollout (--mini_batches, --passes) LLDS is 0", file=sys.stderr)
     return cfg
 
-
 # ------------------------------------------------------------- episode: prompt, actions, feedback
-
 CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
               "<answer> answer </answer> to finish.\n\n")
 OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
-TAG = re.compile(r"</?(?:think|search|information|answer)>")
-
 
 @dataclass
 class Episode:
@@ -157,25 +160,15 @@ class Episode:
     reward: float = 0.0
     done: bool = False
 
-
 def between(tag, text):
     """What stands between the first </tag> and the last <tag> before it, or None."""
     head, closed, _ = text.partition(f"</{tag}>")
     _, opened, inside = head.rpartition(f"<{tag}>")
     return inside.strip() if opened and closed else None
 
-
 def extract_answer(text):
     """The answer in an action: what follows the last <answer> before the first </answer>. str or None."""
     return between("answer", text)
-
-
-def information(passages):
-    """Passages as text, one a line. A tag inside a passage is broken, so that it cannot close the block."""
-    docs = [passage["contents"].partition("\n") for passage in passages]
-    lines = [f"Doc {i}(Title: {title}) {text}" for i, (title, _, text) in enumerate(docs, 1)]
-    return TAG.sub(lambda tag: "< " + tag[0][1:], "\n".join(lines)) or "No passage matches this query."
-
 
 class Environment:
     """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback."""
@@ -245,9 +238,7 @@ class Environment:
             e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
             e.turn, e.start = e.turn + 1, len(e.ids)
 
-
 # -------------------------------------------------------------------------------------------- rollout
-
 class SlotCache(Cache):
     """One preallocated KV cache for all rollouts, in which a token's cell is its position: row r's token at
     position p lives in buffer[r, :, p]. The mask is "cell <= position", nothing is concatenated or shifted,
@@ -258,9 +249,10 @@ class SlotCache(Cache):
         self.shape, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
 
     def update(self, keys, values, layer, *args, **kwargs):
+        keys = keys.to(values.dtype)  # float32 even where products are bfloat16: the rotation makes them so
         if layer not in self.store:  # zeros, not empty: 0 * NaN would be NaN
-            self.store[layer] = [x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
-                                 for x in (keys, values)]
+            empty = lambda x: x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
+            self.store[layer] = [empty(keys), empty(values)]
         for buffer, new in zip(self.store[layer], (keys, values)):
             buffer[self.rows[:, None], :, self.position] = new.transpose(1, 2)
         rows = slice(len(self.rows)) if self.all_live else self.rows  # a slice is a view, an index would copy
@@ -270,15 +262,12 @@ class SlotCache(Cache):
         for buffer in chain(*self.store.values()):
             buffer[targets, :, :cells] = buffer[source, :, :cells]
 
-
 @torch.no_grad()
 def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
-
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
     samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
-    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions.
-    """
+    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
     cfg, device = env.cfg, model.device
     groups = [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
@@ -338,22 +327,17 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     bar.close()
     return list(chain(*groups))
 
-
 # --------------------------------------------------------------------------------------------- reward
-
 def normalize_answer(text):
     """As Search-R1: lower case, no punctuation, no articles, single spaces."""
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
-
 def exact_match(prediction, golden_answers):
     """1.0 if the prediction equals a golden answer, both normalised, else 0.0."""
     return float(normalize_answer(prediction) in map(normalize_answer, golden_answers))
 
-
 # ------------------------------------------------- losses: they need torch alone; copy from here ...
-
 def group_advantages(rewards, group_size):
     """A = (r - mean) / (std + 1e-6) in each group (v2 eq. 1; sample std and 1e-6 as in the official code).
 
@@ -365,12 +349,10 @@ def group_advantages(rewards, group_size):
     spread = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
     return torch.where(spread, centred / (std + 1e-6), 0.0).view(-1)
 
-
 def action_ids(mask):
     """0/1 mask of action tokens (N, T) -> (N, T) long: the k-th run of ones in a row gets k, the rest 0."""
     mask = mask.long()
     return (mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).cumsum(dim=1) * mask
-
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
@@ -387,16 +369,12 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
         beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
     return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
 
-
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the reference by the low-variance k3: exp(r) - r - 1 with r = ref_logp - logp, token mean.
-
-    logp, ref_logp, mask: (N, T). denom replaces mask.sum(). Returns the loss.
-    """
+    logp, ref_logp, mask: (N, T). denom replaces mask.sum(). Returns the loss."""
     mask = mask.bool()
     r = ref_logp.detach().masked_fill(~mask, 0) - logp.masked_fill(~mask, 0)            # (N, T)
     return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
-
 
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
                  denom=None):
@@ -431,10 +409,8 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     return loss, {"preserved_tokens": preserved.sum(), "penalized_tokens": (penalty > 0).sum(),
                   "units": exists[:, 1:].sum(), "open_units": fell[:, 1:].sum()}
 
-
 # --------------------------------------------------------------------------------- ... copy to here
-
-def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
+def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     """Log-probability of each action token under the tempered distribution that sampled it, and its entropy.
 
     ids, action_id: (N, T). Right padding needs no attention mask: causal attention never looks right. Returns
@@ -456,33 +432,24 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=1024):
     zeros = torch.zeros(ids.shape, device=ids.device)
     return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts))
 
-
 # --------------------------------------------------------------------------------------------- update
-
 def pad(episodes, device):
     """Episodes -> ids, action_id, answer_mask: (N, T) long each, right-padded with 0."""
-    width = max(len(e.ids) for e in episodes)
-    answers = [[int(t >= (e.answer_start or width)) for t in range(len(e.ids))] for e in episodes]
+    answers = [[int(t >= (e.answer_start or len(e.ids))) for t in range(len(e.ids))] for e in episodes]
     columns = [e.ids for e in episodes], [e.action_id for e in episodes], answers
-    return [torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device) for rows in columns]
-
+    return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(device) for rows in columns]
 
 def split(lengths, group_size, mini_batches, max_tokens):
-    """Shuffled groups -> mini-batches -> micro-batches: lists of rows that fit max_tokens when padded."""
-    plan = []
+    """Shuffled groups -> mini-batches -> micro-batches: rows by length, that fit max_tokens when padded."""
+    lengths, plan = torch.tensor(lengths), []
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
-        rows, micro_batches = [g * group_size + i for g in groups.tolist() for i in range(group_size)], [[]]
-        for row in sorted(rows, key=lambda row: lengths[row]):
-            if micro_batches[-1] and (len(micro_batches[-1]) + 1) * lengths[row] > max_tokens:
-                micro_batches.append([])
-            micro_batches[-1].append(row)
-        plan.append(micro_batches)
+        rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+        rows = rows[lengths[rows].argsort()]
+        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
     return plan
-
 
 def mean(values):
     return sum(values) / len(values) if values else None
-
 
 def first_action_match(episodes, group_size):
     """Of wrong responses with a right one in their group: share whose first search found what its did."""
@@ -493,6 +460,14 @@ def first_action_match(episodes, group_size):
         matches += [e.searches[:1] in found and e.searches != [] for e in group if found and not e.reward]
     return mean(matches)
 
+def update(model, optimizer, scheduler):
+    """One step with the clipped gradient, none if it is not finite. Returns its norm before clipping."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
+    if math.isfinite(norm):
+        optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return norm
 
 def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg):
     """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
@@ -512,9 +487,9 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
 
     old_logp, entropy = all_logps(model)
     ref_logp = all_logps(reference)[0] if cfg.beta > 0 else old_logp
-    total, updates = defaultdict(float), cfg.passes * cfg.mini_batches
-    for update, mini_batch in enumerate(plan * cfg.passes):
-        members = list(chain(*mini_batch))
+    total, grad_norms = defaultdict(float), []  # a norm for each update
+    for mini_batch in plan * cfg.passes:
+        members = torch.cat(mini_batch)
         tokens = is_action[members].sum()                                               # the two normalisers
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()
         for rows in mini_batch:
@@ -527,13 +502,10 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
             loss = policy + llds_lambda * llds
             (loss + cfg.beta * kl if cfg.beta > 0 else loss).backward()  # 0 * inf would be NaN
             total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
-            total["llds_first"] += llds.item() * (update == 0)
+            total["llds_first"] += llds.item() * (not grad_norms)
             for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
                 total[name] += value.item()
-        total["grad_norm"] += torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
+        grad_norms.append(update(model, optimizer, scheduler))
 
     new_logp, correct, actions = all_logps(model)[0], rewards == 1, is_action.sum().item()
     right, wrong = is_action & correct[:, None], is_action & ~correct[:, None]          # (N, T)
@@ -547,8 +519,9 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
         "displaced": mean(((new_logp - old_logp)[correct].sum(dim=1) < 0).tolist()),
         "first_action_match": first_action_match(episodes, cfg.group_size),
         "entropy": entropy.sum().item() / actions,
-        **{name: total[name] / updates for name in ("grad_norm", "kl", "llds")},
-        "llds_first": total["llds_first"], "ratio_max": total["ratio_max"],
+        "grad_norm": mean(grad_norms), "skipped_updates": sum(not math.isfinite(x) for x in grad_norms),
+        "kl": total["kl"] / len(grad_norms), "llds": total["llds"] / len(grad_norms),
+        "llds_first": total["llds_first"], "answer_weight": answer_weight, "ratio_max": total["ratio_max"],
         "clip_frac": total["clipped"] / actions / cfg.passes,
         "llds_gate_frac": total["open_units"] / max(1, total["units"]),
         "llds_token_frac": total["penalized_tokens"] / max(1, total["preserved_tokens"]),
@@ -558,15 +531,13 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
         "zero_std_groups": mean((advantages == 0).view(-1, cfg.group_size).all(dim=1).tolist()),
     }, (advantages, old_logp, new_logp)
 
-
 # ---------------------------------------------------------------- the models, and the built-in agent
-
 def load_model(cfg, passages, questions):
     """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
     if cfg.model == "tiny":
         texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:cfg.top_k]),
                  *map(information, zip(passages)), *(q["question"] for q in questions)]
-        tok, model = tiny_agent(texts, TAG.pattern)
+        tok, model = tiny_agent(texts)
     else:
         model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
         check(set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"},
@@ -574,46 +545,35 @@ def load_model(cfg, passages, questions):
         # By the model's type Auto would give our saved agent the tokenizer of Qwen2, with other ids.
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
-    return tok, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()  # eval, always: no dropout
-
+    return tok, model.to(DEVICE).eval()  # eval, always: no dropout
 
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
     check(not cfg.warm_steps or all(q.get("path") for q in questions), "--warm_steps: no 'path' in questions")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
-    env = copy.copy(env)
-    for step in tqdm(range(cfg.warm_steps), desc="warm start", leave=False):
-        if step % 8 == 0:
-            world, asked, facts = scrambled(passages, questions)
-            env.retriever = BM25(world)
-        episodes = [demonstrate(env, random.choice(asked), asked, facts) for _ in range(16)]
+    batches = lessons(env, passages, questions, cfg.warm_steps)
+    for episodes in tqdm(batches, "warm start", cfg.warm_steps, leave=False):
         ids, action_id, _ = pad(episodes, model.device)
         for rows in split([len(e.ids) for e in episodes], 1, 1, cfg.micro_batch_tokens)[0]:
             logp, _ = token_logps(model, ids[rows], action_id[rows])
             (-logp.sum() / (action_id > 0).sum()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-        optimizer.step()
-        scheduler.step()
-        optimizer.zero_grad()
-
+        update(model, optimizer, scheduler)
 
 # -------------------------------------------------------------------------------------------- reports
-
 SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
-
 def evaluate(model, env, questions, cfg):
-    """Greedy episodes -> exact match and searches a question, over all and by the number of hops."""
+    """Greedy episodes -> exact match and searches a question: of all, by hops and, if several, by set."""
     scores = defaultdict(list)
     for e in rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch):
-        for part in ("", f"_{e.question['hops']}hop") if e.question.get("hops") else ("",):
+        hops, name = e.question.get("hops"), e.question.get("set")
+        for part in ["", *[f"_{hops}hop"] * bool(hops), *[f"_{name}"] * bool(name)]:
             scores["em" + part].append(e.reward)
             scores["searches" + part].append(len(e.searches))
     return {f"eval_{name}": mean(scores[name]) for name in sorted(scores)}
-
 
 def show(env, e):
     """Prints an episode, its tags in colour on a terminal."""
@@ -622,40 +582,35 @@ def show(env, e):
     print(e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, env.decode(e.ids[e.action_id.index(1):]), flags=re.DOTALL))
 
-
-def show_tokens(env, e, advantage, old_logp, new_logp, cfg):
+def show_tokens(env, e, advantage, old_logp, new_logp, answer_weight, gate):
     """Prints an episode as a table: what each token is, and its penalty after the step's last update."""
     ids, action_id, answer_mask = pad([e], "cpu")                                       # (1, T)
     old_logp, new_logp = (x[None, :ids.shape[1]].cpu() for x in (old_logp, new_logp))
-    weight = 1.0 if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    penalty, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantage.cpu()[None], action_id,
-                              cfg.llds_gate, answer_mask, weight, denom=1)
-    penalty.backward()  # where a token fell, the gradient is -gate * answer_weight
-    print("     id action answer advantage old_logp new_logp  gate penalty text")
-    columns = ids, action_id, answer_mask, old_logp, new_logp, new_logp.grad.abs()
-    for i, action, answer, old, new, gate in zip(*(column[0].tolist() for column in columns)):
-        print(f"{i:7} {action:6} {answer:6} {advantage if action else 0:9.2f} {old:8.3f} {new:8.3f} "
-              f"{gate:5.2f} {max(0, old - new) * gate:7.4f} {env.decode([i])!r}")
-
+    llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantage.cpu()[None], action_id, gate,
+                           answer_mask, answer_weight, denom=1)
+    llds.backward()  # where a token fell, the gradient is -gate * answer_weight
+    columns = dict(id=ids, action=action_id, answer=answer_mask, advantage=advantage.cpu() * (action_id > 0),
+                   old_logp=old_logp, new_logp=new_logp.detach(), gate=new_logp.grad.abs())
+    table = pandas.DataFrame({name: column[0].numpy() for name, column in columns.items()})
+    table["penalty"] = (table.old_logp - table.new_logp).clip(lower=0) * table.gate
+    table["text"] = [repr(env.decode([i])) for i in e.ids]
+    print(table.to_string(index=False, float_format="%.4f"))
 
 def sparkline(values):
     """Numbers as a line of at most 60 characters."""
     values, low, high = values[::-(-len(values) // 60)], min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
 
-
 def crossings(history):
     """{name: step at which a series first showed its sign of trouble}: on means over five steps, reward below
     3/4 of its best so far, the others beyond a multiple of their first. A heuristic of ours."""
-    crossed = {}
+    crossed, table = {}, pandas.DataFrame(history, columns=["step", *SIGNS]).set_index("step").abs()
     for name, factor in SIGNS.items():
-        rows, means = [row for row in history if row[name] is not None], []
-        for i in range(5, len(rows) + 1):
-            means.append(abs(mean([row[name] for row in rows[i - 5:i]])))
-            if means[-1] < factor * max(means) if factor < 1 else means[-1] > factor * means[0]:
-                crossed.setdefault(name, rows[i - 1]["step"])
+        means = table[name].dropna().rolling(5).mean().dropna()
+        sign = means < factor * means.cummax() if factor < 1 else means > factor * means[:1].sum()
+        if sign.any():
+            crossed[name] = sign.idxmax()
     return crossed
-
 
 def report(runs, before, plot):
     """Prints what each run began and ended with, and its curves. runs: {lambda: metrics, step by step}."""
@@ -670,60 +625,98 @@ def report(runs, before, plot):
         spans = ("I stagnation", 1, decay), ("II decay", decay, fall), ("III acceleration", fall, end)
         spans = [f"{name}: steps {begin} to {stop - 1}" for name, begin, stop in spans if begin < stop]
         print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
-    print("\nheld-out questions" + "".join(f"{name[5:]:>15}" for name in before))
-    last = [(f"lambda {llds_lambda:g}", rows[-1]) for llds_lambda, rows in runs.items() if rows]
-    for label, row in [("before GRPO", before)] + last:
-        print(f"{label:18}" + "".join(f"{row[name]:15.3f}" for name in before))
+    ends = {f"lambda {llds_lambda:g}": rows[-1] for llds_lambda, rows in runs.items() if rows}
+    print("\nheld-out questions")
+    print(pandas.DataFrame({"before GRPO": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
     if plot:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-        for axis, name in zip(axes.flat, CURVES):
-            for llds_lambda, history in runs.items():
-                points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
-                axis.plot(*zip(*points), label=f"lambda {llds_lambda:g}")
-            axis.set(title=name, xlabel="step")
+        for llds_lambda, history in runs.items():
+            table = pandas.DataFrame(history).set_index("step")
+            for axis, name in zip(axes.flat, CURVES):
+                table[name].dropna().plot(ax=axis, title=name, label=f"lambda {llds_lambda:g}")
         axes.flat[0].legend()
         figure.savefig(plot)
 
-
 # ----------------------------------------------------------------------------------------------- main
+def load_questions(sources, part):
+    """Questions of one set, or of several with commas between: a file (json, jsonl, parquet), a corpus (its
+    questions of split `part`) or NAME on the hub, each perhaps with :CONFIG or :CONFIG:SPLIT, such as
+    x.jsonl::train[:1000]. Returns dicts with "question" and "golden_answers"; "set" if there are several."""
+    questions = []
+    for source in sources.split(","):
+        name, config, split = (source.split(":", 2) + ["", ""])[:3]
+        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+        try:
+            rows = (load_dataset(kind, data_files=name, split=split or "train") if kind else
+                    load_dataset(name, config or None, split=split or part)).to_list()
+        except (OSError, ValueError, exceptions.DatasetsError, StopIteration) as error:
+            check(False, f"{source}: cannot be read. {error}")
+        if "questions" in rows[0]:
+            rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
+        for row in rows:
+            if row.get("reward_model"):  # as Search-R1 keeps them
+                row.setdefault("golden_answers", row["reward_model"]["ground_truth"]["target"])
+                row.setdefault("question", row["prompt"][-1]["content"])
+            if "," in sources:
+                row["set"] = config or Path(name).stem
+        good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
+        check(good and len(good) == len(rows),
+              f"{source}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
+        questions += rows
+    return questions
 
-def load_questions(path, part):
-    """Questions from jsonl: one a line, or those with the right `split` among the `questions` of a corpus."""
-    try:
-        rows = load_dataset("json", data_files=path, split="train").to_list()
-    except (OSError, exceptions.DatasetsError, StopIteration) as error:
-        check(False, f"{path}: cannot be read as jsonl. {error}")
-    if "questions" in rows[0]:
-        rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
-    good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
-    check(good and len(good) == len(rows),
-          f"{path}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
-    return rows
-
+def save_checkpoint(out, model, tok, optimizer, scheduler, history):
+    """Writes all that --resume needs. It gets its name when complete: a kill leaves the checkpoint before."""
+    unfinished, last = out / "unfinished", get_last_checkpoint(out)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished)
+    tok.save_pretrained(unfinished)
+    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "history": history}
+    torch.save(state, unfinished / "training.pt")
+    unfinished.rename(out / f"checkpoint-{len(history)}")
+    if last:
+        shutil.rmtree(last)
 
 def train(model, env, questions, held_out, llds_lambda, out, cfg):
     """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
-    torch.manual_seed(cfg.seed)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
-    history, n, shuffle, order = [], cfg.questions_per_step, random.Random(cfg.seed), []
-    while len(order) < cfg.steps * n:  # every question once, then all again
-        order += shuffle.sample(questions, len(questions))
+    history, n, shuffle = [], cfg.questions_per_step, random.Random(cfg.seed)
+    rounds = range(-(-cfg.steps * n // len(questions)))  # every question once, then all again
+    order = [question for _ in rounds for question in shuffle.sample(questions, len(questions))]
     reference = copy.deepcopy(model) if cfg.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
-    model.config.llds = {**asdict(cfg), "llds_lambda": [llds_lambda]}  # part of config.json from the start
+    flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False}
+    if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
+        old = json.loads((out / "config.json").read_text())["llds"]
+        changed = ", ".join(f"--{name}" for name in flags if flags[name] != old.get(name))
+        check(not changed, f"--resume: {out} was made with other {changed}")
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
+        state = torch.load(f"{folder}/training.pt", weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        history = state["history"]
+    model.config.llds = flags  # part of config.json from the start
     model.config.save_pretrained(out)
+    save = lambda: save_checkpoint(out, model, env.tok, optimizer, scheduler, history)
+    stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
     with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
-        for step in range(1, cfg.steps + 1):
+        log.writelines(json.dumps(row) + "\n" for row in history)
+        for step in range(len(history) + 1, cfg.steps + 1):
             begin = time.perf_counter()
+            torch.manual_seed(hash((cfg.seed, step)))  # a step draws the same numbers in a resumed run
             asked = order[(step - 1) * n:step * n]
             episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
             sampled = time.perf_counter() - begin
-            for e in episodes:
-                e.reward *= shuffle.random() >= cfg.reward_noise
+            for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
+                e.reward *= drawn >= cfg.reward_noise
             metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
+            check(metrics["skipped_updates"] < cfg.passes * cfg.mini_batches,
+                  f"step {step}: no gradient was finite; last checkpoint: {get_last_checkpoint(out)}")
             metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
                        "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
             if step % cfg.eval_steps == 0 or step == cfg.steps:
@@ -735,11 +728,14 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
             if step % cfg.sample_every == 0:
                 show(env, episodes[0])
                 if cfg.tokens:
-                    show_tokens(env, episodes[0], *(tensor[0] for tensor in tensors), cfg)
+                    first = (tensor[0] for tensor in tensors)
+                    show_tokens(env, episodes[0], *first, metrics["answer_weight"], cfg.llds_gate)
+            if step % cfg.save_steps == 0 or step == cfg.steps or stop:
+                save()
+            check(not stop, f"stopped after step {step}; --resume goes on from there")
     model.save_pretrained(out)
     env.tok.save_pretrained(out)
     return history
-
 
 def probe(model, env, questions, cfg):
     """v2 eq. 3: what GRPO on one question alone does to the likelihood of its right responses, always from
@@ -761,39 +757,42 @@ def probe(model, env, questions, cfg):
         for change in sorted(changes):
             print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / (max(map(abs, changes)) or 1)))
 
-
-def main(argv=None):
-    cfg = parse_config(argv)
-    set_seed(cfg.seed)
-    try:
-        passages = load_corpus(cfg.corpus)
-        questions = load_questions(cfg.train_data or cfg.corpus, "train")
-        held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
-        everything = questions + held_out
-        tok, model = load_model(cfg, passages, everything)
-        retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
-        env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
-    except (OSError, ValueError) as error:
-        check(False, error)
+def run(cfg):
+    passages = load_corpus(cfg.corpus)
+    questions = load_questions(cfg.train_data or cfg.corpus, "train")
+    held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
+    everything = questions + held_out
+    tok, model = load_model(cfg, passages, everything)
+    retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
+    env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
     if cfg.hops:
         questions, held_out = ([q for q in qs if q.get("hops") == cfg.hops] for qs in (questions, held_out))
         check(questions and held_out, f"--hops {cfg.hops} leaves no question to train on or to evaluate")
     if cfg.ask:
         return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
-    check(not out.exists() or not any(out.iterdir()), f"--output_dir {out} is not empty")
+    check(cfg.resume or not out.exists() or not any(out.iterdir()), f"--output_dir {out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
     warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)
     start, runs = copy.deepcopy(model.state_dict()), {}
-    for llds_lambda in cfg.llds_lambda:
+    for llds_lambda in [] if cfg.eval else cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
         model.load_state_dict(start)
         runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
     report(runs, before, cfg.plot and out / "curves.png")
 
+def main(argv=None):
+    cfg = parse_config(argv)
+    set_seed(cfg.seed)
+    try:  # float32 weights: to a bfloat16 one an update of 1e-6 is nothing. A cache would outlive the update
+        with torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=False):
+            run(cfg)
+    except OSError as error:  # a file, a model, or the retrieval server
+        check(False, error)
 
 if __name__ == "__main__":
     main()

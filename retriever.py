@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT
-"""A search engine small enough to read: Okapi BM25 over a jsonl corpus, in memory. Below it, the built-in
-agent and what it is shown before GRPO: other worlds to search, and a script.
+"""A search engine small enough to read, or a server's; below it, the built-in agent and what it learns from.
 
     >>> engine = BM25(load_corpus("tiny_corpus.jsonl"))
     >>> engine.search(["capital Paris"], k=1)[0][0]["contents"]
     '"Paris"\\nParis is the capital of France.'
 """
+import copy
 import gzip
 import json
 import math
@@ -20,35 +20,33 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-
 def words(text):
     """Lower-case words and numbers: the terms of a passage or a query. "It is .fr" -> it, is, fr."""
     return re.findall(r"\w+", text.lower())
 
-
 def load_corpus(path):
-    """Read passages from jsonl (plain, or gzip when the name ends in .gz), in Search-R1's corpus format: one
-    object a line with at least a string `contents`, which is '"Title"\\ntext'.
-
-    Returns the objects as a list of dicts, in file order. Raises ValueError that names the file and the line.
-    """
-    passages, opener = [], gzip.open if str(path).endswith(".gz") else open
+    """Passages from jsonl (plain, or gzip if the name ends in .gz), in Search-R1's corpus format: one object
+    a line with at least a string `contents`, which is '"Title"\\ntext', and no `id` twice. Returns a list of
+    dicts, in file order. Raises OSError that names the file and the line."""
+    passages, seen, opener = [], set(), gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 passage = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+                raise OSError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(passage, dict) or not isinstance(passage.get("contents"), str):
-                raise ValueError(f"{path}, line {number}: a passage needs a string field 'contents'")
+                raise OSError(f"{path}, line {number}: a passage needs a string field 'contents'")
+            if passage.get("id") in seen:
+                raise OSError(f"{path}, line {number}: the id {passage['id']!r} is there twice")
+            seen.add(passage.get("id", number))
             passages.append(passage)
     if not passages:
-        raise ValueError(f"{path}: the corpus is empty")
+        raise OSError(f"{path}: the corpus is empty")
     return passages
 
-
 class BM25:
-    """Okapi BM25 over passages, as an inverted index.
+    """Okapi BM25 over passages (dicts with a string `contents`), as an inverted index.
 
         score(q, d) = sum over terms t of q: idf(t) * tf * (k1 + 1) / (tf + k1 * (1 - b + b * |d| / avg|d|))
         idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))                           (never negative)
@@ -59,7 +57,6 @@ class BM25:
     """
 
     def __init__(self, passages, k1=1.2, b=0.75):
-        """passages: list of dicts with a string `contents`."""
         self.passages = passages
         docs = [words(passage["contents"]) for passage in passages]
         lengths = torch.tensor([len(doc) for doc in docs], dtype=torch.float64)
@@ -78,18 +75,24 @@ class BM25:
 
         queries: list of str. Returns lists of dicts, shorter than k where fewer passages share a term.
         """
-        return [self._search(query, k) for query in queries]
-
-    def _search(self, query, k):
-        scores = torch.zeros(len(self.passages), dtype=torch.float64)
-        for term in words(query):
-            if term in self.index:
+        found = []
+        for query in queries:
+            scores = torch.zeros(len(self.passages), dtype=torch.float64)
+            for term in filter(self.index.get, words(query)):
                 scores.index_add_(0, *self.index[term])
-        least = scores.topk(min(k, len(scores))).values[-1]  # of the k best
-        ids = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # ascending; more than k where scores tie
-        best = ids[scores[ids].sort(descending=True, stable=True).indices[:k]]  # stable: ties in corpus order
-        return [dict(self.passages[d], score=scores[d].item()) for d in best.tolist()]
+            least = scores.topk(min(k, len(scores))).values[-1]  # of the k best
+            ids = ((scores >= least) & (scores > 0)).nonzero()[:, 0]  # ascending; more than k if some tie
+            best = ids[scores[ids].sort(descending=True, stable=True).indices[:k]]  # stable: in corpus order
+            found.append([dict(self.passages[d], score=scores[d].item()) for d in best.tolist()])
+        return found
 
+TAG = re.compile(r"</?(?:think|search|information|answer)>")
+
+def information(passages):
+    """Passages as text, one a line. A tag inside a passage is broken, so that it cannot close the block."""
+    docs = [passage["contents"].partition("\n") for passage in passages]
+    lines = [f"Doc {i}(Title: {title}) {text}" for i, (title, _, text) in enumerate(docs, 1)]
+    return TAG.sub(lambda tag: "< " + tag[0][1:], "\n".join(lines)) or "No passage matches this query."
 
 class HTTPRetriever:
     """A retrieval server that speaks Search-R1's protocol, instead of an index in memory: POST to url
@@ -114,7 +117,6 @@ class HTTPRetriever:
                 time.sleep(2 ** attempt)
         return []
 
-
 def serve(engine, port):
     """A server for Search-R1's protocol in front of engine; port 0: any free one. See its serve_forever()."""
     class Handler(BaseHTTPRequestHandler):
@@ -127,20 +129,15 @@ def serve(engine, port):
             self.send_header("Content-Type", "application/json")
             self.end_headers()
             self.wfile.write(json.dumps({"result": found}).encode())
-
     return ThreadingHTTPServer(("", port), Handler)
 
-
 # ------------------------------------------------------------- the built-in agent and its warm start
-
 SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
 ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
 
-
-def tiny_agent(texts, tag):
-    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of texts and of
-    nothing else. tag: a regular expression for what is to be one token beside words and punctuation."""
-    words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(tag + r"|\w+|[^\w\s]")
+def tiny_agent(texts):
+    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of texts."""
+    words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(TAG.pattern + r"|\w+|[^\w\s]")
     words.pre_tokenizer = pre_tokenizers.Split(word, "removed", invert=True)
     words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))
     tok = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
@@ -149,12 +146,11 @@ def tiny_agent(texts, tag):
         num_attention_heads=4, num_key_value_heads=4, head_dim=32, max_position_embeddings=1024,
         tie_word_embeddings=True, initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
 
-
 def scrambled(passages, questions):
     """A world in which each name stands for another of its kind, so that only reading helps. Returns its
     passages, its questions and its facts {the two names in a passage: the passage's text}."""
-    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
-    other = {}
+    one_hop, other = [q for q in questions if q["hops"] == 1], {}
+    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in one_hop}
     for group in dict.fromkeys(kind.values()):  # names that fit into the same question
         names = [name for name in kind if kind[name] == group]
         other.update(zip(names, random.sample(names, len(names))))
@@ -165,7 +161,6 @@ def scrambled(passages, questions):
     questions = [dict(q, question=rename(q["question"]), path=[*map(rename, q["path"])]) for q in questions]
     return passages, questions, facts
 
-
 def demonstrate(env, question, questions, facts):
     """A scripted episode, imperfect on purpose: searches and quotes, mostly stops after one search, errs."""
     e, path, thought, name = env.reset(question), question["path"], "", ""
@@ -174,9 +169,8 @@ def demonstrate(env, question, questions, facts):
         ids = env.encode(action)
         e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
         env.respond([e])
-
     for hop in range(question["hops"]):
-        if hop == 1 and random.random() < 0.7:
+        if hop == 1 and random.random() < 0.6:
             break
         if random.random() < 0.1:  # goes after something else
             path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
@@ -188,6 +182,14 @@ def demonstrate(env, question, questions, facts):
     act(ANSWER.format(thought=thought, name=name))
     return e
 
+def lessons(env, passages, questions, steps):
+    """Yields `steps` batches of 16 scripted episodes; after every eighth the world is another."""
+    env = copy.copy(env)
+    for step in range(steps):
+        if step % 8 == 0:
+            world, asked, facts = scrambled(passages, questions)
+            env.retriever = BM25(world)
+        yield [demonstrate(env, random.choice(asked), asked, facts) for _ in range(16)]
 
 if __name__ == "__main__":
     parser = ArgumentParser(description="Serves BM25 over a corpus, in Search-R1's protocol.")

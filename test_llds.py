@@ -472,10 +472,13 @@ def test_load_corpus_reads_plain_and_gz_and_names_a_bad_line(tmp_path, bad):
     for name in (path, f"{path}.gz"):
         assert load_corpus(name) == [{"contents": '"É"\ntext'}, {"contents": "é", "id": 0}]
     path.write_bytes(good + bad + b"\n" + good)
-    with pytest.raises(ValueError, match=r"c\.jsonl, line 3: "):
+    with pytest.raises(OSError, match=r"c\.jsonl, line 3: "):
         load_corpus(path)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"c\.jsonl: .*empty"):
+    with pytest.raises(OSError, match=r"c\.jsonl: .*empty"):
+        load_corpus(path)
+    path.write_bytes(good + b'{"contents": "x", "id": 0}\n')
+    with pytest.raises(OSError, match=r"c\.jsonl, line 3: .* 0 .*twice"):
         load_corpus(path)
 
 
@@ -1072,6 +1075,129 @@ def test_three_steps_from_the_command_line(tmp_path, capsys):
     llds.main(["--model", str(out), "--ask", "What is the capital of France?"])
     assert "What is the capital of France?" in capsys.readouterr().out
     assert not llds.load_model(llds.Config(model=str(out)), [], [])[1].training         # dropout stays off
+
+
+def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
+    """Plain rows, and rows as Search-R1 keeps them; one set or several; slices; what the hub is asked for."""
+    monkeypatch.chdir(tmp_path)
+    plain = [{"question": f"{i}?", "golden_answers": [str(i)]} for i in range(5)]
+    Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
+    theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": "x",
+               "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}} for i in range(3)]
+    Dataset.from_list(theirs).to_parquet("theirs.parquet")
+    assert llds.load_questions("plain.jsonl", "train") == plain
+    assert llds.load_questions("plain.jsonl::train[1:3]", "test") == plain[1:3]
+    both = llds.load_questions("plain.jsonl::train[:2],theirs.parquet", "train")
+    assert [q["set"] for q in both] == ["plain"] * 2 + ["theirs"] * 3
+    assert [(q["question"], q["golden_answers"]) for q in both[3:]] == [("Say 1", ["1"]), ("Say 2", ["2"])]
+    assert both[4]["prompt"] == theirs[2]["prompt"]
+    asked = []
+    hub = Dataset.from_list(plain)
+    monkeypatch.setattr(llds, "load_dataset", lambda *args, split: asked.append((*args, split)) or hub)
+    sets = llds.load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
+    assert asked == [("me/bench", "nq", "test[:9]"), ("me/bench", "hotpotqa", "dev"), ("me/one", None, "dev")]
+    assert [q["set"] for q in sets[::5]] == ["nq", "hotpotqa", "one"]
+
+
+def test_evaluation_tells_sets_and_hops_apart():
+    model, env, questions = agent(36)
+    for i, q in enumerate(questions):
+        q |= {"set": "ab"[i % 2], "hops": 1 + (i > 3), "golden_answers": q["golden_answers"][i % 3::2]}
+    scores = llds.evaluate(model.float(), env, questions, llds.Config())
+    episodes = llds.rollout(model, env, questions, temperature=0.0)
+
+    def mean(value, keep):
+        values = [value(e) for e in episodes if keep(e.question)]
+        return sum(values) / len(values)
+
+    parts = {"": lambda q: True, "_1hop": lambda q: q["hops"] == 1, "_2hop": lambda q: q["hops"] == 2,
+             "_a": lambda q: q["set"] == "a", "_b": lambda q: q["set"] == "b"}
+    values = {"em": lambda e: e.reward, "searches": lambda e: len(e.searches)}
+    assert scores == {f"eval_{name}{part}": mean(value, keep) for part, keep in parts.items()
+                      for name, value in values.items()}
+    assert scores["eval_em_a"] != scores["eval_em_b"]
+
+
+def test_bfloat16_products_with_float32_weights():
+    """Rollout and log-probabilities under autocast: a bfloat16 cache, values near the float32 ones."""
+    model, env, questions = agent(37)
+    model, caches = model.float(), []
+    episodes = llds.rollout(model, env, questions, 2)
+    ids, action_id, _ = llds.pad(episodes, "cpu")
+    exact, _ = llds.token_logps(model, ids, action_id)
+    real = llds.SlotCache
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+        patch.setattr(llds, "SlotCache", lambda *shape: caches.append(real(*shape)) or caches[-1])
+        assert all(e.done for e in llds.rollout(model, env, questions, 2))
+        logp, entropy = llds.token_logps(model, ids, action_id)
+        logp.sum().backward()
+    assert {x.dtype for buffers in caches[0].store.values() for x in buffers} == {torch.bfloat16}
+    assert logp.dtype == entropy.dtype == torch.float32 and not torch.equal(logp, exact)
+    assert (logp - exact).abs().mean() < .05
+    assert {(p.dtype, p.grad.dtype) for p in model.parameters()} == {(torch.float32, torch.float32)}
+
+
+def test_an_update_without_a_finite_gradient_is_skipped():
+    model = torch.nn.Linear(2, 1)
+    optimizer, seen = torch.optim.SGD(model.parameters(), 1.0), SimpleNamespace(step=lambda: None)
+    start = copy.deepcopy(model.state_dict())
+    for x, skipped in ((float("inf"), True), (1.0, False)):
+        (model(torch.ones(1, 2)) * x).sum().backward()
+        norm = llds.update(model, optimizer, seen)
+        assert math.isfinite(norm) != skipped and all(p.grad is None for p in model.parameters())
+        assert all(torch.equal(x, start[name]) for name, x in model.state_dict().items()) == skipped
+    near(norm, 3 ** .5)                                                    # of (1, 1) and 1, before clipping
+    near(sum((start[name] - x).square().sum() for name, x in model.state_dict().items()), 1)   # clipped to 1
+
+
+RUN = """--steps 5 --save_steps 2 --warm_steps 20 --group_size 4 --questions_per_step 4 --mini_batches 2
+    --eval_steps 3 --max_new_tokens 20 --beta 0.01 --reward_noise 0.2 --train_data q.jsonl --eval_data q.jsonl
+    --output_dir out""".split()
+KILL = """import llds, os, pathlib, sys
+name, calls = sys.argv[1], []
+where, what, last, number = dict(step=(llds, "update", 9, 9), save=(pathlib.Path, "rename", 2, 9),
+                                 term=(llds, "update", 5, 15))[name]
+real, warm_start = getattr(where, what), llds.warm_start
+def deadly(*args):
+    calls.append(len(calls) + 1 == last and os.kill(os.getpid(), number))
+    return real(*args)
+llds.warm_start = lambda *args: (warm_start(*args), setattr(where, what, deadly))
+llds.main(sys.argv[2:])"""
+
+
+def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path, monkeypatch):
+    """kill -9 in the middle of step 5 (goes on from checkpoint-4) or of the second save (from checkpoint-2,
+    though step 4 is in the log), SIGTERM in step 3 (which ends first): the same metrics, the same weights."""
+    right = sorted({name for q in QUESTIONS for name in q["path"]})[::2]
+    questions = "".join(json.dumps(q | {"golden_answers": right}) + "\n" for q in QUESTIONS[:30])
+
+    def outcome(folder, flags=()):
+        monkeypatch.chdir(folder)
+        llds.main(RUN + [*flags])
+        rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
+        for row in rows:
+            del row["seconds"], row["tokens_per_s"]
+        assert [path.name for path in Path("out").glob("*-*")] == ["checkpoint-5"]
+        return rows, Qwen2ForCausalLM.from_pretrained("out").state_dict()
+
+    for name in ("whole", "step", "save", "term"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "q.jsonl").write_text(questions)
+    rows, weights = outcome(tmp_path / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and len({row["reward"] for row in rows}) > 1
+    home = str(Path(llds.__file__).parent)
+    environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUTF8="1", PYTHONPATH=home)
+    for name, status, last, logged in (("step", -9, 4, 4), ("save", -9, 2, 4), ("term", 2, 3, 3)):
+        died = subprocess.run([sys.executable, "-c", KILL, name, *RUN], cwd=tmp_path / name, env=environment,
+                              capture_output=True, text=True)
+        assert died.returncode == status, died.stderr
+        assert name != "term" or "stopped after step 3" in died.stderr
+        assert (tmp_path / name / "out" / f"checkpoint-{last}").is_dir()
+        assert len((tmp_path / name / "out" / "metrics.jsonl").read_text().splitlines()) == logged
+        with pytest.raises(SystemExit):                                    # other flags: not this run
+            outcome(tmp_path / name, ["--resume", "--clip", ".3"])
+        again, now = outcome(tmp_path / name, ["--resume"])
+        assert again == rows and all(torch.equal(now[key], weights[key]) for key in weights)
 
 
 def test_frozen_embeddings_stand_still_and_nothing_else_does(tmp_path):
