@@ -1038,6 +1038,49 @@ def test_the_probe_restores_the_weights_and_counts_what_fell(capsys, monkeypatch
         assert f"{sum(x < 0 for x in changes)} of {n} questions" in lines[i] and changes == sorted(changes)
 
 
+def snippet(word):
+    """The one block of Python in the README that contains `word`, run."""
+    text = Path(llds.__file__).with_name("README.md").read_text()
+    found, = [code for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL) if word in code]
+    names = {}
+    exec(found, names)
+    return names
+
+
+def test_the_readme_loop_runs_and_is_silent_at_first():
+    """One distribution over three words. Right responses are 0 0 1, wrong ones 0 0 0: word 0 is pushed down
+    and right ones lose 2 for each 1 that they gain by word 1."""
+    weights = torch.zeros(3).requires_grad_()
+    words = torch.tensor([[2, 0, 0, 2, i % 3 == 0] for i in range(4)]).long()
+    mask = torch.tensor([[0, 1, 1, 0, 1]] * 4)
+    run = snippet("def updates(")["updates"](lambda: weights.log_softmax(dim=0)[words],
+                                             torch.optim.SGD([weights], 0.5), mask,
+                                             torch.tensor([1., 0, 0, 1]), 2, 4)
+    first, *later = run
+    assert first == 0 and len(later) == 3 and max(later) > 0
+
+
+@pytest.mark.skipif(not find_spec("trl"), reason="needs trl")
+@pytest.mark.parametrize("updates", [1, 2])
+def test_the_readme_trainer_for_trl(updates, tmp_path):
+    """A reward with spread, one or two updates a rollout: the penalty is 0, then not, if there is a second."""
+    from trl import GRPOConfig
+    tok, model = built_in()
+    seen, trainer = [], snippet("GRPOTrainer")["LLDSTrainer"]
+    loss = trainer._compute_loss
+    trainer._compute_loss = lambda *args: (loss(*args), seen.append(args[0].llds.item()))[0]
+    args = GRPOConfig(
+        output_dir=tmp_path, max_steps=4, num_iterations=updates, num_generations=4, learning_rate=1e-2,
+        per_device_train_batch_size=8, max_completion_length=9, report_to="none", use_cpu=True, bf16=False,
+        save_strategy="no", disable_tqdm=True, warmup_steps=0)
+    data = Dataset.from_list([{"prompt": q["question"]} for q in QUESTIONS[:8]])
+    reward = lambda completions, **_: [float(i % 2) for i in range(len(completions))]
+    trainer(model, reward, args, data, processing_class=tok).train()
+    assert len(seen) == 4
+    assert max(seen[::updates]) < 1e-6
+    assert updates == 1 or min(seen[1::2]) > 1e-4
+
+
 # ----------------------------------------------------------------------------------------- the command line
 
 PROMISED = """reward logp_correct logp_wrong entropy grad_norm ratio_max clip_frac kl llds llds_gate_frac
