@@ -1063,7 +1063,7 @@ def test_the_readme_loop_runs_and_is_silent_at_first():
 @pytest.mark.skipif(not find_spec("trl"), reason="needs trl")
 @pytest.mark.parametrize("updates", [1, 2])
 def test_the_readme_trainer_for_trl(updates, tmp_path):
-    """A reward with spread, one or two updates a rollout: the penalty is 0, then not, if there is a second."""
+    """A reward with spread, one or two updates a rollout: the penalty is 0, then not, if a second comes."""
     from trl import GRPOConfig
     tok, model = built_in()
     seen, trainer = [], snippet("GRPOTrainer")["LLDSTrainer"]
@@ -1078,7 +1078,7 @@ def test_the_readme_trainer_for_trl(updates, tmp_path):
     trainer(model, reward, args, data, processing_class=tok).train()
     assert len(seen) == 4
     assert max(seen[::updates]) < 1e-6
-    assert updates == 1 or min(seen[1::2]) > 1e-4
+    assert updates == 1 or max(seen[1::2]) > 1e-4
 
 
 # ----------------------------------------------------------------------------------------- the command line
