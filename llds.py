@@ -646,7 +646,7 @@ def load_questions(sources, part):
     questions = []
     for source in sources.split(","):
         name, config, split = (source.split(":", 2) + ["", ""])[:3]
-        kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+        kind = next((kind for kind in ("json", "parquet") if f".{kind}" in name), None)  # also .jsonl.gz
         try:
             rows = (load_dataset(kind, data_files=name, split=split or "train") if kind else
                     load_dataset(name, config or None, split=split or part)).to_list()

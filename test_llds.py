@@ -1128,7 +1128,9 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": "x",
                "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}} for i in range(3)]
     Dataset.from_list(theirs).to_parquet("theirs.parquet")
-    assert llds.load_questions("plain.jsonl", "train") == plain
+    Path("plain.jsonl.gz").write_bytes(gzip.compress(Path("plain.jsonl").read_bytes()))
+    for name in ("plain.jsonl", "plain.jsonl.gz"):
+        assert llds.load_questions(name, "train") == plain
     assert llds.load_questions("plain.jsonl::train[1:3]", "test") == plain[1:3]
     both = llds.load_questions("plain.jsonl::train[:2],theirs.parquet", "train")
     assert [q["set"] for q in both] == ["plain"] * 2 + ["theirs"] * 3
