@@ -215,9 +215,8 @@ class Environment:
             text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
             answer, query = extract_answer(text), between("search", text)
             if answer is not None:  # its tokens: the fewest at the end that hold the opening tag
-                e.answer_start = len(e.ids) - 1
-                while "<answer>" not in self.decode(e.ids[e.answer_start:]):
-                    e.answer_start -= 1
+                e.answer_start = next(t for t in range(len(e.ids))[::-1]
+                                      if "<answer>" in self.decode(e.ids[t:]))
                 e.reward = exact_match(answer, e.question["golden_answers"])
             e.done = answer is not None or last
             if not e.done and query is not None:
@@ -502,7 +501,7 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
             loss = policy + llds_lambda * llds
             (loss + cfg.beta * kl if cfg.beta > 0 else loss).backward()  # 0 * inf would be NaN
             total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
-            total["llds_first"] += llds.item() * (not grad_norms)
+            total["llds_first"] += 0 if grad_norms else llds.item()
             for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
                 total[name] += value.item()
         grad_norms.append(update(model, optimizer, scheduler))
@@ -519,7 +518,8 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
         "displaced": mean(((new_logp - old_logp)[correct].sum(dim=1) < 0).tolist()),
         "first_action_match": first_action_match(episodes, cfg.group_size),
         "entropy": entropy.sum().item() / actions,
-        "grad_norm": mean(grad_norms), "skipped_updates": sum(not math.isfinite(x) for x in grad_norms),
+        "grad_norm": mean([norm for norm in grad_norms if math.isfinite(norm)]),
+        "skipped_updates": sum(not math.isfinite(norm) for norm in grad_norms),
         "kl": total["kl"] / len(grad_norms), "llds": total["llds"] / len(grad_norms),
         "llds_first": total["llds_first"], "answer_weight": answer_weight, "ratio_max": total["ratio_max"],
         "clip_frac": total["clipped"] / actions / cfg.passes,
@@ -604,9 +604,9 @@ def sparkline(values):
 def crossings(history):
     """{name: step at which a series first showed its sign of trouble}: on means over five steps, reward below
     3/4 of its best so far, the others beyond a multiple of their first. A heuristic of ours."""
-    crossed, table = {}, pandas.DataFrame(history, columns=["step", *SIGNS]).set_index("step").abs()
+    crossed, table = {}, pandas.DataFrame(history, columns=["step", *SIGNS]).set_index("step")
     for name, factor in SIGNS.items():
-        means = table[name].dropna().rolling(5).mean().dropna()
+        means = table[name].astype(float).abs().dropna().rolling(5).mean().dropna()
         sign = means < factor * means.cummax() if factor < 1 else means > factor * means[:1].sum()
         if sign.any():
             crossed[name] = sign.idxmax()
@@ -627,12 +627,12 @@ def report(runs, before, plot):
         print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
     ends = {f"lambda {llds_lambda:g}": rows[-1] for llds_lambda, rows in runs.items() if rows}
     print("\nheld-out questions")
-    print(pandas.DataFrame({"before GRPO": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
+    print(pandas.DataFrame({"start": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
     if plot:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
         for llds_lambda, history in runs.items():
-            table = pandas.DataFrame(history).set_index("step")
+            table = pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step").astype(float)
             for axis, name in zip(axes.flat, CURVES):
                 table[name].dropna().plot(ax=axis, title=name, label=f"lambda {llds_lambda:g}")
         axes.flat[0].legend()
@@ -650,19 +650,20 @@ def load_questions(sources, part):
         try:
             rows = (load_dataset(kind, data_files=name, split=split or "train") if kind else
                     load_dataset(name, config or None, split=split or part)).to_list()
-        except (OSError, ValueError, exceptions.DatasetsError, StopIteration) as error:
+        except (OSError, ValueError, RuntimeError, exceptions.DatasetsError, StopIteration) as error:
             check(False, f"{source}: cannot be read. {error}")
         if "questions" in rows[0]:
             rows = [q for row in rows for q in row["questions"] or () if q.get("split") == part]
         for row in rows:
-            if row.get("reward_model"):  # as Search-R1 keeps them
-                row.setdefault("golden_answers", row["reward_model"]["ground_truth"]["target"])
-                row.setdefault("question", row["prompt"][-1]["content"])
+            if theirs := row.get("reward_model"):  # as Search-R1 keeps them
+                row["golden_answers"] = row.get("golden_answers") or theirs["ground_truth"]["target"]
+                row["question"] = row.get("question") or row["prompt"][-1]["content"]
             if "," in sources:
                 row["set"] = config or Path(name).stem
-        good = [row for row in rows if row.get("question") and isinstance(row.get("golden_answers"), list)]
-        check(good and len(good) == len(rows),
-              f"{source}: '{part}' needs questions, with 'question' and a list of 'golden_answers'")
+        check(rows and all(row.get("question") and isinstance(row.get("golden_answers"), list)
+                           and {str}.issuperset(map(type, row["golden_answers"])) for row in rows),
+              f"{source}: '{part}' needs questions, with 'question' and a list of strings, 'golden_answers'")
+        check(rows[0].get("set") not in [q.get("set") for q in questions], f"{source}: two sets of one name")
         questions += rows
     return questions
 
@@ -688,9 +689,9 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
-    flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False}
+    flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False, "output_dir": ""}
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
-        old = json.loads((out / "config.json").read_text())["llds"]
+        old = json.loads(Path(folder, "config.json").read_text())["llds"]
         changed = ", ".join(f"--{name}" for name in flags if flags[name] != old.get(name))
         check(not changed, f"--resume: {out} was made with other {changed}")
         model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
@@ -700,7 +701,6 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
         history = state["history"]
     model.config.llds = flags  # part of config.json from the start
     model.config.save_pretrained(out)
-    save = lambda: save_checkpoint(out, model, env.tok, optimizer, scheduler, history)
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
@@ -724,15 +724,17 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
             history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
             log.write(json.dumps(history[-1]) + "\n")
             shown = [name for name in STEP_LINE if metrics.get(name) is not None]
-            print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown))
+            print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown), flush=True)
             if step % cfg.sample_every == 0:
                 show(env, episodes[0])
                 if cfg.tokens:
                     first = (tensor[0] for tensor in tensors)
                     show_tokens(env, episodes[0], *first, metrics["answer_weight"], cfg.llds_gate)
             if step % cfg.save_steps == 0 or step == cfg.steps or stop:
-                save()
-            check(not stop, f"stopped after step {step}; --resume goes on from there")
+                save_checkpoint(out, model, env.tok, optimizer, scheduler, history)
+                check(not stop, f"stopped after step {step}; --resume goes on from there")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     model.save_pretrained(out)
     env.tok.save_pretrained(out)
     return history
@@ -758,32 +760,31 @@ def probe(model, env, questions, cfg):
             print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / (max(map(abs, changes)) or 1)))
 
 def run(cfg):
-    passages = load_corpus(cfg.corpus)
-    questions = load_questions(cfg.train_data or cfg.corpus, "train")
-    held_out = load_questions(cfg.eval_data or cfg.corpus, "test")
+    passages, ready = load_corpus(cfg.corpus), cfg.model != "tiny" and (cfg.eval or cfg.ask)  # no training
+    questions = [] if ready else load_questions(cfg.train_data or cfg.corpus, "train")
+    held_out = [] if cfg.ask else load_questions(cfg.eval_data or cfg.corpus, "test")
     everything = questions + held_out
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
     env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
-    if cfg.hops:
-        questions, held_out = ([q for q in qs if q.get("hops") == cfg.hops] for qs in (questions, held_out))
-        check(questions and held_out, f"--hops {cfg.hops} leaves no question to train on or to evaluate")
     if cfg.ask:
         return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
+    if cfg.hops:
+        questions, held_out = ([q for q in qs if q.get("hops") == cfg.hops] for qs in (questions, held_out))
+        check((questions or ready) and held_out, f"--hops {cfg.hops} leaves nothing to train on or evaluate")
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
-    check(cfg.resume or not out.exists() or not any(out.iterdir()), f"--output_dir {out} is not empty")
-    out.mkdir(parents=True, exist_ok=True)
+    check(cfg.eval or cfg.probe or cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
     warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)
-    start, runs = copy.deepcopy(model.state_dict()), {}
+    start, runs = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}, {}
     for llds_lambda in [] if cfg.eval else cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
         model.load_state_dict(start)
         runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
-    report(runs, before, cfg.plot and out / "curves.png")
+    report(runs, before, runs and cfg.plot and out / "curves.png")
 
 def main(argv=None):
     cfg = parse_config(argv)

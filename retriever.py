@@ -58,16 +58,16 @@ class BM25:
 
     def __init__(self, passages, k1=1.2, b=0.75):
         self.passages = passages
-        docs = [words(passage["contents"]) for passage in passages]
-        lengths = torch.tensor([len(doc) for doc in docs], dtype=torch.float64)
-        norm = k1 * (1 - b + b * lengths / (lengths.mean() or 1.0))
-        postings, self.index = {}, {}
-        for d, doc in enumerate(docs):
-            for term in doc:
+        lengths, postings, self.index = torch.zeros(len(passages), dtype=torch.float64), {}, {}
+        for d, passage in enumerate(passages):
+            terms = words(passage["contents"])
+            lengths[d] = len(terms)
+            for term in terms:
                 postings.setdefault(term, []).append(d)  # d as often as the term stands in it
+        norm = k1 * (1 - b + b * lengths / (lengths.mean() or 1.0))
         for term, ids in postings.items():
             ids, tf = torch.tensor(ids).unique_consecutive(return_counts=True)
-            idf = math.log(1 + (len(docs) - len(ids) + 0.5) / (len(ids) + 0.5))
+            idf = math.log(1 + (len(passages) - len(ids) + 0.5) / (len(ids) + 0.5))
             self.index[term] = ids, tf.double() * (k1 + 1) / (tf + norm[ids]) * idf
 
     def search(self, queries, k):

@@ -982,6 +982,8 @@ def test_the_report_names_the_phases(capsys):
     llds.report({0.0: rows, 0.5: rows[:9]}, {"eval_em": .25}, None)
     plain, ours = capsys.readouterr().out.split("lambda 0.5", 1)
     assert "I stagnation: steps 1 to 11, II decay: steps 12 to 23, III acceleration: steps 24 to 30" in plain
+    llds.report({0.0: [row | {"logp_correct": None} for row in rows]}, {"eval_em": .25}, None)  # never right
+    assert "logp_correct" not in capsys.readouterr().out
     assert "I stagnation: steps 1 to 9 " in ours and "decay" not in ours and "0.250" in ours
 
 
@@ -1087,7 +1089,7 @@ PROMISED = """reward logp_correct logp_wrong entropy grad_norm ratio_max clip_fr
     llds_token_frac searches valid_actions action_tokens zero_std_groups tokens_per_s seconds""".split()
 
 
-def test_three_steps_from_the_command_line(tmp_path, capsys):
+def test_three_steps_from_the_command_line(tmp_path, monkeypatch, capsys):
     """Two lambdas, one training each, from one start and one seed; then the saved model answers. Every other
     name is right, so that an agent fresh from a short warm start meets both rewards."""
     right = sorted({name for q in QUESTIONS for name in q["path"]})[::2]
@@ -1115,8 +1117,14 @@ def test_three_steps_from_the_command_line(tmp_path, capsys):
     assert config["model_type"] == "qwen2" and config["llds"]["llds_lambda"] == [.5]
     assert llds.parse_config(["--model", str(out)]).max_new_tokens == 20   # a saved run's own preset
     capsys.readouterr()
-    llds.main(["--model", str(out), "--ask", "What is the capital of France?"])
+    monkeypatch.chdir(tmp_path)
+    Path("wiki.jsonl").write_text("".join(json.dumps({"contents": p["contents"]}) + "\n" for p in PASSAGES))
+    trained = ["--model", str(out), "--corpus", "wiki.jsonl"]               # which has no questions
+    llds.main([*trained, "--ask", "What is the capital of France?"])
     assert "What is the capital of France?" in capsys.readouterr().out
+    llds.main([*trained, "--eval", "--eval_data", "test.jsonl,train.jsonl", "--output_dir", "none"])
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("eval_em_test", "eval_em_train")) and not Path("none").exists()
     assert not llds.load_model(llds.Config(model=str(out)), [], [])[1].training         # dropout stays off
 
 
@@ -1127,6 +1135,9 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": "x",
                "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}} for i in range(3)]
+    other = {"reward_model": {"ground_truth": {"target": ["7"]}}}
+    Path("both.jsonl").write_text(json.dumps(plain[0] | other))
+    assert llds.load_questions("both.jsonl", "train")[0]["golden_answers"] == ["0"]
     Dataset.from_list(theirs).to_parquet("theirs.parquet")
     Path("plain.jsonl.gz").write_bytes(gzip.compress(Path("plain.jsonl").read_bytes()))
     for name in ("plain.jsonl", "plain.jsonl.gz"):
@@ -1142,6 +1153,8 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     sets = llds.load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
     assert asked == [("me/bench", "nq", "test[:9]"), ("me/bench", "hotpotqa", "dev"), ("me/one", None, "dev")]
     assert [q["set"] for q in sets[::5]] == ["nq", "hotpotqa", "one"]
+    with pytest.raises(SystemExit):
+        llds.load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")      # two sets of one name
 
 
 def test_evaluation_tells_sets_and_hops_apart():
@@ -1266,7 +1279,7 @@ BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "
        "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
        "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
        "--corpus empty.jsonl": "empty.jsonl",
-       **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "empty")}}
+       **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "number", "empty")}}
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -1274,6 +1287,7 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("bad.jsonl").write_text('{"contents": "a", "questions": []}\n{"contents": \n')
     Path("plain.jsonl").write_text('{"question": "Who?"}\n')
+    Path("number.jsonl").write_text('{"question": "When?", "golden_answers": [1945]}\n')
     Path("empty.jsonl").touch()
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
     with pytest.raises(SystemExit) as stop:
