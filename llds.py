@@ -609,7 +609,7 @@ def crossings(history):
         means = table[name].astype(float).abs().dropna().rolling(5).mean().dropna()
         sign = means < factor * means.cummax() if factor < 1 else means > factor * means[:1].sum()
         if sign.any():
-            crossed[name] = sign.idxmax()
+            crossed[name] = int(sign.idxmax())
     return crossed
 
 def report(runs, before, plot):

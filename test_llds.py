@@ -970,7 +970,7 @@ def test_phases_by_hand():
     step 20 on: (11 + 4) / 5 = 3 > 2; reward .8 turns to .2 at step 23: .68 at 23, .56 < .6 at 24."""
     rows = [dict(step=t, logp_correct=-1. if t <= 10 else -3., entropy=.5, grad_norm=1. if t < 20 else 11.,
                  reward=.8 if t < 23 else .2) for t in range(1, 31)]
-    assert llds.crossings(rows) == {"logp_correct": 12, "grad_norm": 20, "reward": 24}
+    assert str(llds.crossings(rows)) == str({"logp_correct": 12, "grad_norm": 20, "reward": 24})
     assert llds.crossings(rows[:11]) == llds.crossings(rows[:3]) == llds.crossings([]) == {}
     rows[11]["logp_correct"] = None                                        # no correct response at step 12
     assert llds.crossings(rows)["logp_correct"] == 13
