@@ -37,8 +37,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
                           get_scheduler, set_seed)
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.cache_utils import Cache
+from transformers.trainer_utils import get_last_checkpoint
 
 from retriever import ANSWER, BM25, SEARCH, HTTPRetriever, information, lessons, load_corpus, tiny_agent
 
@@ -250,8 +250,8 @@ class SlotCache(Cache):
     def update(self, keys, values, layer, *args, **kwargs):
         keys = keys.to(values.dtype)  # float32 even where products are bfloat16: the rotation makes them so
         if layer not in self.store:  # zeros, not empty: 0 * NaN would be NaN
-            empty = lambda x: x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
-            self.store[layer] = [empty(keys), empty(values)]
+            self.store[layer] = [x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
+                                 for x in (keys, values)]
         for buffer, new in zip(self.store[layer], (keys, values)):
             buffer[self.rows[:, None], :, self.position] = new.transpose(1, 2)
         rows = slice(len(self.rows)) if self.all_live else self.rows  # a slice is a view, an index would copy
@@ -339,9 +339,7 @@ def exact_match(prediction, golden_answers):
 # ------------------------------------------------- losses: they need torch alone; copy from here ...
 def group_advantages(rewards, group_size):
     """A = (r - mean) / (std + 1e-6) in each group (v2 eq. 1; sample std and 1e-6 as in the official code).
-
-    rewards: (N,), a group's side by side. Returns (N,), exactly 0 where a group's rewards are all equal.
-    """
+    rewards: (N,), a group's side by side. Returns (N,), exactly 0 where a group's rewards are all equal."""
     groups = rewards.float().view(-1, group_size)                               # (N / group_size, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     std = (centred.square().sum(dim=1, keepdim=True) / max(1, group_size - 1)).sqrt()
@@ -355,10 +353,8 @@ def action_ids(mask):
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
-
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
-    Returns (loss, info): info has the count of tokens whose gradient the clip stopped, and the largest ratio.
-    """
+    Returns (loss, info): info counts the tokens whose gradient the clip stopped; it has the largest ratio."""
     mask, advantages = mask.bool(), advantages[:, None]                                 # (N, T), (N, 1)
     log_ratio = logp.masked_fill(~mask, 0) - old_logp.detach().masked_fill(~mask, 0)  # before exp: no inf * 0
     ratio = log_ratio.exp()
@@ -715,8 +711,8 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
             for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
                 e.reward *= drawn >= cfg.reward_noise
             metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
-            check(metrics["skipped_updates"] < cfg.passes * cfg.mini_batches,
-                  f"step {step}: no gradient was finite; last checkpoint: {get_last_checkpoint(out)}")
+            if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
+                check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
             metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
                        "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
             if step % cfg.eval_steps == 0 or step == cfg.steps:
@@ -760,13 +756,16 @@ def probe(model, env, questions, cfg):
             print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / (max(map(abs, changes)) or 1)))
 
 def run(cfg):
-    passages, ready = load_corpus(cfg.corpus), cfg.model != "tiny" and (cfg.eval or cfg.ask)  # no training
-    questions = [] if ready else load_questions(cfg.train_data or cfg.corpus, "train")
-    held_out = [] if cfg.ask else load_questions(cfg.eval_data or cfg.corpus, "test")
-    everything = questions + held_out
-    tok, model = load_model(cfg, passages, everything)
-    retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
-    env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
+    try:
+        passages, ready = load_corpus(cfg.corpus), cfg.model != "tiny" and (cfg.eval or cfg.ask)
+        questions = [] if ready else load_questions(cfg.train_data or cfg.corpus, "train")
+        held_out = [] if cfg.ask else load_questions(cfg.eval_data or cfg.corpus, "test")
+        everything = questions + held_out
+        tok, model = load_model(cfg, passages, everything)
+        retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
+        env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
+    except ValueError as error:  # of a corpus or a model: a sentence; later ones are bugs
+        check(False, error)
     if cfg.ask:
         return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
     if cfg.hops:

@@ -27,22 +27,22 @@ def words(text):
 def load_corpus(path):
     """Passages from jsonl (plain, or gzip if the name ends in .gz), in Search-R1's corpus format: one object
     a line with at least a string `contents`, which is '"Title"\\ntext', and no `id` twice. Returns a list of
-    dicts, in file order. Raises OSError that names the file and the line."""
+    dicts, in file order. Raises ValueError that names the file and the line."""
     passages, seen, opener = [], set(), gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 passage = json.loads(line)
             except ValueError as error:  # not JSON, or not UTF-8
-                raise OSError(f"{path}, line {number}: not JSON ({error})") from None
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
             if not isinstance(passage, dict) or not isinstance(passage.get("contents"), str):
-                raise OSError(f"{path}, line {number}: a passage needs a string field 'contents'")
-            if passage.get("id") in seen:
-                raise OSError(f"{path}, line {number}: the id {passage['id']!r} is there twice")
-            seen.add(passage.get("id", number))
+                raise ValueError(f"{path}, line {number}: a passage needs a string field 'contents'")
+            if passage.get("id") is not None and repr(passage["id"]) in seen:
+                raise ValueError(f"{path}, line {number}: the id {passage['id']!r} is there twice")
+            seen.add(repr(passage.get("id")))
             passages.append(passage)
     if not passages:
-        raise OSError(f"{path}: the corpus is empty")
+        raise ValueError(f"{path}: the corpus is empty")
     return passages
 
 class BM25:
@@ -149,8 +149,8 @@ def tiny_agent(texts):
 def scrambled(passages, questions):
     """A world in which each name stands for another of its kind, so that only reading helps. Returns its
     passages, its questions and its facts {the two names in a passage: the passage's text}."""
-    one_hop, other = [q for q in questions if q["hops"] == 1], {}
-    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in one_hop}
+    kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
+    other = {}
     for group in dict.fromkeys(kind.values()):  # names that fit into the same question
         names = [name for name in kind if kind[name] == group]
         other.update(zip(names, random.sample(names, len(names))))

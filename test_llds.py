@@ -472,13 +472,15 @@ def test_load_corpus_reads_plain_and_gz_and_names_a_bad_line(tmp_path, bad):
     for name in (path, f"{path}.gz"):
         assert load_corpus(name) == [{"contents": '"É"\ntext'}, {"contents": "é", "id": 0}]
     path.write_bytes(good + bad + b"\n" + good)
-    with pytest.raises(OSError, match=r"c\.jsonl, line 3: "):
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 3: "):
         load_corpus(path)
     path.write_bytes(b"")
-    with pytest.raises(OSError, match=r"c\.jsonl: .*empty"):
+    with pytest.raises(ValueError, match=r"c\.jsonl: .*empty"):
         load_corpus(path)
+    path.write_bytes(good + b'{"contents": "x", "id": 1}\n{"contents": "y", "id": [1]}\n{"contents": "z"}\n')
+    assert len(load_corpus(path)) == 5                                     # line 1 has no id, and so no id 1
     path.write_bytes(good + b'{"contents": "x", "id": 0}\n')
-    with pytest.raises(OSError, match=r"c\.jsonl, line 3: .* 0 .*twice"):
+    with pytest.raises(ValueError, match=r"c\.jsonl, line 3: .* 0 .*twice"):
         load_corpus(path)
 
 
@@ -1278,7 +1280,7 @@ BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "
        "--mini_batches 9 --questions_per_step 8": "--mini_batches",
        "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
        "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
-       "--corpus empty.jsonl": "empty.jsonl",
+       "--corpus empty.jsonl": "empty.jsonl", "--model odd": "odd",
        **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "number", "empty")}}
 
 
@@ -1289,6 +1291,8 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     Path("plain.jsonl").write_text('{"question": "Who?"}\n')
     Path("number.jsonl").write_text('{"question": "When?", "golden_answers": [1945]}\n')
     Path("empty.jsonl").touch()
+    Path("odd").mkdir()
+    Path("odd", "config.json").write_text('{}')                         # no model_type
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
     with pytest.raises(SystemExit) as stop:
         llds.main(flags.split())
