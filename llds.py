@@ -12,18 +12,10 @@ responses has fallen since the rollout), and nothing where it has not. arXiv 251
 In the order of the data: settings, episode, rollout, reward, losses, update, models, reports. N rollouts,
 T tokens (right-padded), M action tokens, D hidden units, V words; column t of (N, T) belongs to ids[:, t].
 """
-import copy
-import json
-import math
-import random
-import re
-import shutil
-import signal
-import string
-import sys
-import time
+import json, math, os, random, re, shutil, signal, string, sys, time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -31,16 +23,19 @@ from typing import Literal
 
 import pandas
 import torch
+import torch.distributed as dist
 from datasets import exceptions, load_dataset
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerFast,
-                          get_scheduler, set_seed)
-from transformers.cache_utils import Cache
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgumentParser,
+                          PreTrainedTokenizerFast, get_scheduler, set_seed)
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from retriever import ANSWER, BM25, SEARCH, HTTPRetriever, information, lessons, load_corpus, tiny_agent
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, HTTPRetriever, information, lessons, load_corpus,
+                       tiny_agent)
 
 # ------------------------------------------------------------------------------------------- settings
 PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
@@ -54,6 +49,7 @@ def flag(default, why):
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
 
 DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
+RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 @dataclass
 class Config:
@@ -96,7 +92,12 @@ class Config:
     rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of products; weights are always float32")
+    gradient_checkpointing: bool = flag(False, "keep only the layers' inputs, compute the rest again")
+    lora_rank: int = flag(0, "above 0: train only low-rank adapters of the layers (needs peft)")
+    fsdp: bool = flag(False, "share weights, gradients and optimizer among the processes of torchrun")
+    cpu_offload: bool = flag(False, "with --fsdp: what is shared lives in the CPU's memory")
     save_steps: int = flag(50, "write a checkpoint every so many steps, and on Ctrl-C or SIGTERM")
+    save_total_limit: int = flag(1, "checkpoints that are kept, the newest")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir, with the same flags")
     eval_steps: int = flag(10, "evaluate on the held-out questions every so many steps")
     sample_every: int = flag(20, "print an episode every so many steps")
@@ -108,10 +109,11 @@ class Config:
 
 REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
-                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
+                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384,
+                  gradient_checkpointing=True)
 LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, questions_per_step=1,
               group_size=2, mini_batches=1, passes=1, temperature=1e-3, micro_batch_tokens=1, save_steps=1,
-              eval_steps=1, sample_every=1)  # 0 for the other numbers
+              save_total_limit=1, eval_steps=1, sample_every=1)  # 0 for the other numbers
 
 def check(ok, message):
     if not ok:
@@ -127,14 +129,16 @@ def parse_config(argv=None):
         kept = {k: run[k] for k in (*REAL_MODEL, "chat_template", "max_turns", "top_k") if k in run}
         parser.set_defaults(**{**REAL_MODEL, **kept, "warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
-    for name, value in asdict(cfg).items():
+    for name, value in (asdict(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
         low = LOWEST.get(name, 0)
-        check(isinstance(value, (str, list)) or value >= low, f"--{name} must be at least {low}, not {value}")
-    check(min(cfg.llds_lambda) >= 0, f"--llds_lambda must be at least 0, not {min(cfg.llds_lambda)}")
+        check(isinstance(value, str) or value >= low, f"--{name} must be at least {low}, not {value}")
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
           f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
-    check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+    for name, package in ("plot", "matplotlib"), ("lora_rank", "peft"):
+        check(not vars(cfg)[name] or find_spec(package), f"--{name}: pip install {package} first")
+    check(cfg.fsdp == ("RANK" in os.environ), "--fsdp needs torchrun, and torchrun --fsdp: "
+          "torchrun --nproc_per_node GPUS llds.py --fsdp")
     check(cfg.output_dir or not cfg.resume, "--resume needs the --output_dir of the run")
     check(not cfg.ask or cfg.model != "tiny", "--ask needs a trained --model, such as runs/NAME")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
@@ -142,10 +146,6 @@ def parse_config(argv=None):
     return cfg
 
 # ------------------------------------------------------------- episode: prompt, actions, feedback
-CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
-              "<answer> answer </answer> to finish.\n\n")
-OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
-
 @dataclass
 class Episode:
     """A question and all that followed. ids are exact: what was sampled is never decoded and re-encoded."""
@@ -209,8 +209,9 @@ class Environment:
         return full or action[-1] == self.tok.eos_token_id
 
     def respond(self, episodes):
-        """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
-        served = []
+        """Runs the action that each episode has just completed: ends the episode, or appends the feedback to
+        it and opens its next turn. An episode whose context is full ends instead."""
+        going_on = []
         for e in episodes:
             text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
             answer, query = extract_answer(text), between("search", text)
@@ -219,25 +220,31 @@ class Environment:
                                       if "<answer>" in self.decode(e.ids[t:]))
                 e.reward = exact_match(answer, e.question["golden_answers"])
             e.done = answer is not None or last
-            if not e.done and query is not None:
-                served.append((e, query))
-            elif not e.done:
-                self.append(e, self.encode(CORRECTION)[:self.cfg.max_feedback_tokens])
-        head, tail = self.encode(OPEN), self.encode(CLOSE)
-        found = self.retriever.search([query for _, query in served], self.cfg.top_k)
-        for (e, _), passages in zip(served, found):
-            e.searches.append([passage["contents"] for passage in passages])
-            room = max(0, self.cfg.max_feedback_tokens - len(head) - len(tail))
-            self.append(e, head + self.encode(information(passages))[:room] + tail)
-
-    def append(self, e, feedback):
-        """Adds feedback and opens the next turn; an episode whose context is full ends instead."""
-        e.done = len(e.ids) + len(feedback) >= self.max_length
-        if not e.done:
-            e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
-            e.turn, e.start = e.turn + 1, len(e.ids)
+            if not e.done:
+                going_on.append((e, query))
+        queries = [query for _, query in going_on if query is not None]
+        found = iter(self.retriever.search(queries, self.cfg.top_k))
+        head, tail, limit = self.encode(OPEN), self.encode(CLOSE), self.cfg.max_feedback_tokens
+        for e, query in going_on:
+            feedback = self.encode(CORRECTION)[:limit]
+            if query is not None:
+                passages = next(found)
+                e.searches.append([passage["contents"] for passage in passages])
+                text = self.encode(information(passages))[:max(0, limit - len(head) - len(tail))]
+                feedback = head + text + tail
+            e.done = len(e.ids) + len(feedback) >= self.max_length
+            if not e.done:
+                e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
+                e.turn, e.start = e.turn + 1, len(e.ids)
 
 # -------------------------------------------------------------------------------------------- rollout
+def everyone(x):
+    """[x of rank 0, x of rank 1, ...] on every rank; [x] where there is one process."""
+    parts = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
 class SlotCache(Cache):
     """One preallocated KV cache for all rollouts, in which a token's cell is its position: row r's token at
     position p lives in buffer[r, :, p]. The mask is "cell <= position", nothing is concatenated or shifted,
@@ -266,28 +273,29 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
     samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
-    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
-    cfg, device = env.cfg, model.device
-    groups = [[env.reset(question) for _ in range(group_size)] for question in questions]
+    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions; a
+    rank plays its share of them and gets those of the others."""
+    cfg, mine = env.cfg, questions[RANK::WORLD] or questions[:1]
+    groups = [[env.reset(question) for _ in range(group_size)] for question in mine]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
     cache = SlotCache(min(max(max_rows, group_size), len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
-    bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
+    bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5,
+               disable=RANK > 0)
 
     def feed(rows, most):
         """Feeds up to `most` pending tokens to each of rows; returns the logits after the last one."""
         chunks = [live[r].ids[live[r].fed:live[r].fed + most] for r in rows]
         width = max(map(len, chunks))
-        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=device)
+        ids = torch.tensor([chunk + [0] * (width - len(chunk)) for chunk in chunks], device=DEVICE)
         position = torch.tensor([live[r].fed for r in rows])[:, None] + torch.arange(width)    # (rows, width)
-        cache.rows, cache.position = torch.tensor(rows, device=device), position.clamp(max=cells).to(device)
+        cache.rows, cache.position = torch.tensor(rows, device=DEVICE), position.clamp(max=cells).to(DEVICE)
         for r, chunk in zip(rows, chunks):
             live[r].fed += len(chunk)
         cache.used, cache.all_live = max(live[r].fed for r in rows), len(rows) == len(live)
-        mask = torch.arange(cache.used, device=device) <= cache.position[:, None, :, None]
-        hidden = model.base_model(input_ids=ids, position_ids=cache.position, attention_mask=mask,
-                                  past_key_values=cache, use_cache=True)[0]             # (rows, width, D)
+        mask = torch.arange(cache.used, device=DEVICE) <= cache.position[:, None, :, None]
+        hidden = model.base_model(ids, mask, cache.position, cache, use_cache=True)[0]  # (rows, width, D)
         last = hidden[range(len(rows)), [len(chunk) - 1 for chunk in chunks]]
         return model.get_output_embeddings()(last).float()                              # (rows, V)
 
@@ -324,7 +332,9 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
             live.pop()
             bar.update()
     bar.close()
-    return list(chain(*groups))
+    parts = everyone((groups, torch.get_rng_state()))
+    torch.set_rng_state(parts[0][1])  # ranks sample apart, then draw alike
+    return [e for i in range(len(questions)) for e in parts[i % WORLD][0][i // WORLD]]
 
 # --------------------------------------------------------------------------------------------- reward
 def normalize_answer(text):
@@ -428,19 +438,19 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts))
 
 # --------------------------------------------------------------------------------------------- update
-def pad(episodes, device):
+def pad(episodes):
     """Episodes -> ids, action_id, answer_mask: (N, T) long each, right-padded with 0."""
     answers = [[int(t >= (e.answer_start or len(e.ids))) for t in range(len(e.ids))] for e in episodes]
     columns = [e.ids for e in episodes], [e.action_id for e in episodes], answers
-    return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(device) for rows in columns]
+    return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(DEVICE) for rows in columns]
 
 def split(lengths, group_size, mini_batches, max_tokens):
-    """Shuffled groups -> mini-batches -> micro-batches: rows by length, that fit max_tokens when padded."""
+    """Shuffled groups -> mini-batches -> micro-batches: rows by length; a rank's fit max_tokens, padded."""
     lengths, plan = torch.tensor(lengths), []
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         rows = rows[lengths[rows].argsort()]
-        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
+        plan.append(rows.split(WORLD * max(1, max_tokens // int(lengths[rows[-1]]))))
     return plan
 
 def mean(values):
@@ -457,54 +467,75 @@ def first_action_match(episodes, group_size):
 
 def update(model, optimizer, scheduler):
     """One step with the clipped gradient, none if it is not finite. Returns its norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    norm = getattr(norm, "full_tensor", lambda: norm)().item()  # with --fsdp a DTensor
     if math.isfinite(norm):
         optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
     return norm
 
-def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg):
-    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
-    ids, action_id, answer_mask = pad(episodes, model.device)                           # (N, T) each
-    is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=model.device)
+def snapshot(model):
+    """The trainable weights on the CPU; model.load_state_dict(them, strict=False) brings them back."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items() if name in trained}
+
+def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
+    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp)).
+    start: a snapshot, the reference of the KL term, for which the model takes these weights for a moment."""
+    ids, action_id, answer_mask = pad(episodes)                                         # (N, T) each
+    is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=DEVICE)
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
     searches = mean([len(e.searches) for e in episodes])
     answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
     plan = split([len(e.ids) for e in episodes], cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
 
+    def share(rows):  # this rank's rows of a micro-batch; if there are none, another's, without any action
+        mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]
+        return mine, action_id[mine] * (RANK < len(rows))
+
     @torch.no_grad()
-    def all_logps(model):  # over the very micro-batches: unmoved weights give old = new to the last bit
-        out = torch.zeros(2, *ids.shape, device=model.device)
-        for rows in chain(*plan):
-            out[:, rows] = torch.stack(token_logps(model, ids[rows], action_id[rows], cfg.temperature))
+    def all_logps():  # over the very micro-batches: unmoved weights give old = new to the last bit
+        out = torch.zeros(2, *ids.shape, device=DEVICE)
+        for rows, action in map(share, chain(*plan)):
+            out[:, rows] = torch.stack(token_logps(model, ids[rows], action, cfg.temperature))
+        if WORLD > 1:
+            dist.all_reduce(out)
         return out
 
-    old_logp, entropy = all_logps(model)
-    ref_logp = all_logps(reference)[0] if cfg.beta > 0 else old_logp
+    old_logp, entropy = all_logps()
+    ref_logp = old_logp
+    if cfg.beta > 0:
+        now = snapshot(model)
+        model.load_state_dict(start, strict=False)
+        ref_logp = all_logps()[0]
+        model.load_state_dict(now, strict=False)
     total, grad_norms = defaultdict(float), []  # a norm for each update
     for mini_batch in plan * cfg.passes:
         members = torch.cat(mini_batch)
         tokens = is_action[members].sum()                                               # the two normalisers
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()
-        for rows in mini_batch:
-            old, ref, action, answer = (x[rows] for x in (old_logp, ref_logp, action_id, answer_mask))
+        for rows, action in map(share, mini_batch):
+            old, ref, answer = (x[rows] for x in (old_logp, ref_logp, answer_mask))
             logp, _ = token_logps(model, ids[rows], action, cfg.temperature)
             policy, info = policy_loss(logp, old, advantages[rows], action > 0, cfg.clip, tokens)
             kl = kl_penalty(logp, ref, action > 0, tokens)
             llds, counts = llds_penalty(logp, old, advantages[rows], action, cfg.llds_gate, answer,
                                         answer_weight, preserved_tokens)
             loss = policy + llds_lambda * llds
-            (loss + cfg.beta * kl if cfg.beta > 0 else loss).backward()  # 0 * inf would be NaN
+            loss = loss + cfg.beta * kl if cfg.beta > 0 else loss  # 0 * inf would be NaN
+            (loss * WORLD).backward()  # FSDP takes the mean over ranks, the normalisers count all
             total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
             total["llds_first"] += 0 if grad_norms else llds.item()
             for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
                 total[name] += value.item()
         grad_norms.append(update(model, optimizer, scheduler))
 
-    new_logp, correct, actions = all_logps(model)[0], rewards == 1, is_action.sum().item()
+    totals = everyone(total)
+    total = {name: (max if name == "ratio_max" else sum)(part[name] for part in totals) for name in total}
+    new_logp, correct, actions = all_logps()[0], rewards == 1, is_action.sum().item()
     right, wrong = is_action & correct[:, None], is_action & ~correct[:, None]          # (N, T)
-    served = torch.tensor([[len(e.searches)] for e in episodes], device=model.device)   # (N, 1)
+    served = torch.tensor([[len(e.searches)] for e in episodes], device=DEVICE)         # (N, 1)
     per_token = lambda mask: mean(old_logp[mask].tolist())
     return {
         "reward": mean(rewards.tolist()), "searches": searches,
@@ -531,17 +562,34 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
 def load_model(cfg, passages, questions):
     """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
     if cfg.model == "tiny":
-        texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:cfg.top_k]),
-                 *map(information, zip(passages)), *(q["question"] for q in questions)]
-        tok, model = tiny_agent(texts)
+        tok, model = tiny_agent(passages, questions, cfg.top_k)
     else:
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
+        dtype = cfg.dtype if cfg.lora_rank else "float32"  # weights that stand still need no float32
+        model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype=dtype)
         check(set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"},
               f"--model {cfg.model}: a layer without full attention is not supported")
         # By the model's type Auto would give our saved agent the tokenizer of Qwen2, with other ids.
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
-    return tok, model.to(DEVICE).eval()  # eval, always: no dropout
+    if cfg.lora_rank:
+        from peft import LoraConfig
+        model.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear"))
+    for layer in model.base_model.layers if cfg.gradient_checkpointing else ():
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    return tok, (shard(model, cfg) if cfg.fsdp else model.to(DEVICE)).eval()  # eval, always: no dropout
+
+def shard(model, cfg):
+    """FSDP2: a rank keeps its share of weights, gradients and optimizer. What a layer gathers for its first
+    forward stays until its backward, so that ranks sample without waiting for each other."""
+    offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    body, units = model.base_model.forward, [*model.base_model.layers, model]
+    for unit in units:
+        fully_shard(unit, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+    # The embeddings and the head are gathered by a call of the model. We call body and head apart, so let that
+    # call be the body's, and base_model be the model.
+    model.forward, model.base_model_prefix = body, ""
+    return model
 
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
@@ -549,8 +597,8 @@ def warm_start(model, env, passages, questions, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     batches = lessons(env, passages, questions, cfg.warm_steps)
-    for episodes in tqdm(batches, "warm start", cfg.warm_steps, leave=False):
-        ids, action_id, _ = pad(episodes, model.device)
+    for episodes in tqdm(batches, "warm start", cfg.warm_steps, leave=False, disable=RANK > 0):
+        ids, action_id, _ = pad(episodes)
         for rows in split([len(e.ids) for e in episodes], 1, 1, cfg.micro_batch_tokens)[0]:
             logp, _ = token_logps(model, ids[rows], action_id[rows])
             (-logp.sum() / (action_id > 0).sum()).backward()
@@ -578,16 +626,16 @@ def show(env, e):
     print(e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, env.decode(e.ids[e.action_id.index(1):]), flags=re.DOTALL))
 
-def show_tokens(env, e, advantage, old_logp, new_logp, answer_weight, gate):
-    """Prints an episode as a table: what each token is, and its penalty after the step's last update."""
-    ids, action_id, answer_mask = pad([e], "cpu")                                       # (1, T)
-    old_logp, new_logp = (x[None, :ids.shape[1]].cpu() for x in (old_logp, new_logp))
-    llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantage.cpu()[None], action_id, gate,
+def show_tokens(env, e, advantages, old_logp, new_logp, answer_weight):
+    """Prints the first episode of a step as a table: what each token is, and its penalty after the updates."""
+    ids, action_id, answer_mask = pad([e])                                              # (1, T)
+    old_logp, new_logp = (x[:1, :len(e.ids)] for x in (old_logp, new_logp))
+    llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantages[:1], action_id, env.cfg.llds_gate,
                            answer_mask, answer_weight, denom=1)
     llds.backward()  # where a token fell, the gradient is -gate * answer_weight
-    columns = dict(id=ids, action=action_id, answer=answer_mask, advantage=advantage.cpu() * (action_id > 0),
+    columns = dict(id=ids, action=action_id, answer=answer_mask, advantage=advantages[:1] * (action_id > 0),
                    old_logp=old_logp, new_logp=new_logp.detach(), gate=new_logp.grad.abs())
-    table = pandas.DataFrame({name: column[0].numpy() for name, column in columns.items()})
+    table = pandas.DataFrame({name: column[0].tolist() for name, column in columns.items()})
     table["penalty"] = (table.old_logp - table.new_logp).clip(lower=0) * table.gate
     table["text"] = [repr(env.decode([i])) for i in e.ids]
     print(table.to_string(index=False, float_format="%.4f"))
@@ -610,27 +658,28 @@ def crossings(history):
 
 def report(runs, before, plot):
     """Prints what each run began and ended with, and its curves. runs: {lambda: metrics, step by step}."""
-    for llds_lambda, history in runs.items():
-        print(f"\nlambda {llds_lambda:g}")
-        for name in CURVES:
-            if values := [row[name] for row in history if row.get(name) is not None]:
-                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
+    tables = {f"lambda {llds_lambda:g}": pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step")
+              for llds_lambda, history in runs.items()}
+    for (name, table), history in zip(tables.items(), runs.values()):
+        print(f"\n{name}")
+        for curve, values in table.items():
+            if len(values := values.dropna().tolist()):
+                print(f"  {curve:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
         crossed, end = crossings(history), len(history) + 1
         decay = min(crossed.get("logp_correct", end), crossed.get("entropy", end))
         fall = max(decay, crossed.get("reward", end))
         spans = ("I stagnation", 1, decay), ("II decay", decay, fall), ("III acceleration", fall, end)
-        spans = [f"{name}: steps {begin} to {stop - 1}" for name, begin, stop in spans if begin < stop]
+        spans = [f"{phase}: steps {begin} to {stop - 1}" for phase, begin, stop in spans if begin < stop]
         print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
-    ends = {f"lambda {llds_lambda:g}": rows[-1] for llds_lambda, rows in runs.items() if rows}
+    ends = {name: history[-1] for name, history in zip(tables, runs.values()) if history}
     print("\nheld-out questions")
     print(pandas.DataFrame({"start": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
     if plot:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-        for llds_lambda, history in runs.items():
-            table = pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step").astype(float)
-            for axis, name in zip(axes.flat, CURVES):
-                table[name].dropna().plot(ax=axis, title=name, label=f"lambda {llds_lambda:g}")
+        for curve, axis in zip(CURVES, axes.flat):
+            for name, table in tables.items():
+                table[curve].astype(float).dropna().plot(ax=axis, title=curve, label=name)
         axes.flat[0].legend()
         figure.savefig(plot)
 
@@ -663,54 +712,67 @@ def load_questions(sources, part):
         questions += rows
     return questions
 
-def save_checkpoint(out, model, tok, optimizer, scheduler, history):
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets the shares of all
+
+def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs. It gets its name when complete: a kill leaves the checkpoint before."""
-    unfinished, last = out / "unfinished", get_last_checkpoint(out)
+    (weights, moments), unfinished = get_state_dict(model, optimizer, options=FULL), out / "unfinished"
+    name = out / f"checkpoint-{len(history)}"
+    if RANK > 0 or name.exists():
+        return
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
+    model.save_pretrained(unfinished, state_dict=weights)
     tok.save_pretrained(unfinished)
-    state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "history": history}
+    state = {"optimizer": moments, "scheduler": scheduler.state_dict(), "history": history}
     torch.save(state, unfinished / "training.pt")
-    unfinished.rename(out / f"checkpoint-{len(history)}")
-    if last:
-        shutil.rmtree(last)
+    unfinished.rename(name)
+    rotate_checkpoints(out, limit)
 
 def train(model, env, questions, held_out, llds_lambda, out, cfg):
     """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
-    model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
+    if cfg.freeze_embeddings:
+        model.get_input_embeddings().requires_grad_(False)
     history, n, shuffle = [], cfg.questions_per_step, random.Random(cfg.seed)
     rounds = range(-(-cfg.steps * n // len(questions)))  # every question once, then all again
     order = [question for _ in rounds for question in shuffle.sample(questions, len(questions))]
-    reference = copy.deepcopy(model) if cfg.beta > 0 else None
+    start = snapshot(model) if cfg.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False, "output_dir": ""}
+    model.config.llds = flags  # part of config.json from the start
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
-        old = json.loads(Path(folder, "config.json").read_text())["llds"]
+        old = json.loads((out / "config.json").read_text())["llds"]
         changed = ", ".join(f"--{name}" for name in flags if flags[name] != old.get(name))
         check(not changed, f"--resume: {out} was made with other {changed}")
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
+        weights = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
         state = torch.load(f"{folder}/training.pt", weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
+                       options=FULL)
         scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
-    model.config.llds = flags  # part of config.json from the start
-    model.config.save_pretrained(out)
+    elif RANK == 0:
+        model.config.save_pretrained(out)
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
-    with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
+    save = partial(save_checkpoint, out, model, env.tok, optimizer, scheduler, history, cfg.save_total_limit)
+    with open(os.devnull if RANK else out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
         log.writelines(json.dumps(row) + "\n" for row in history)
         for step in range(len(history) + 1, cfg.steps + 1):
             begin = time.perf_counter()
-            torch.manual_seed(hash((cfg.seed, step)))  # a step draws the same numbers in a resumed run
+            torch.manual_seed(hash((cfg.seed, step)) + RANK)  # a resumed run draws the same numbers
             asked = order[(step - 1) * n:step * n]
-            episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+            try:
+                episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+            except OSError:  # the retrieval server is gone (of more ranks, the others do not know yet)
+                if WORLD == 1:
+                    save()
+                raise
             sampled = time.perf_counter() - begin
             for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
                 e.reward *= drawn >= cfg.reward_noise
-            metrics, tensors = train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cfg)
+            metrics, tensors = train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg)
             if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
                 check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
             metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
@@ -724,22 +786,25 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
             if step % cfg.sample_every == 0:
                 show(env, episodes[0])
                 if cfg.tokens:
-                    first = (tensor[0] for tensor in tensors)
-                    show_tokens(env, episodes[0], *first, metrics["answer_weight"], cfg.llds_gate)
-            if step % cfg.save_steps == 0 or step == cfg.steps or stop:
-                save_checkpoint(out, model, env.tok, optimizer, scheduler, history)
-                check(not stop, f"stopped after step {step}; --resume goes on from there")
+                    show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
+            stopped = any(everyone(bool(stop)))
+            if step % cfg.save_steps == 0 or stopped:
+                save()
+                check(not stopped, f"stopped after step {step}; --resume goes on from there")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    model.save_pretrained(out)
-    env.tok.save_pretrained(out)
+    save()
+    if RANK == 0:
+        not_the_state = shutil.ignore_patterns("training.pt")
+        shutil.copytree(get_last_checkpoint(out), out, dirs_exist_ok=True, ignore=not_the_state)
     return history
 
 def probe(model, env, questions, cfg):
     """v2 eq. 3: what GRPO on one question alone does to the likelihood of its right responses, always from
     the same weights: one update, where LLDS is silent; then --passes updates, without and with LLDS."""
-    start, asked = copy.deepcopy(model.state_dict()), random.sample(questions, min(cfg.probe, len(questions)))
+    asked = random.sample(questions, min(cfg.probe, len(questions)))
     episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+    start = snapshot(model)
     groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
     groups = [group for group in groups if len({e.reward for e in group}) == 2]
     for passes, llds_lambda in sorted({(1, 0.0), *((cfg.passes, x) for x in (0.0, *cfg.llds_lambda))}):
@@ -749,7 +814,7 @@ def probe(model, env, questions, cfg):
             _, (advantages, old_logp, new_logp) = train_step(
                 model, None, optimizer, get_scheduler("constant", optimizer), group, llds_lambda, alone)
             changes.append((new_logp - old_logp)[advantages > 0].sum(dim=1).mean().item())
-            model.load_state_dict(start)
+            model.load_state_dict(start, strict=False)
         print(f"\nupdates {passes}, lambda {llds_lambda:g}: {sum(change < 0 for change in changes)} of "
               f"{len(groups)} questions lowered the likelihood of their right responses; in nats:")
         for change in sorted(changes):
@@ -777,22 +842,32 @@ def run(cfg):
     if cfg.probe:
         return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)
-    start, runs = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}, {}
+    start, runs = snapshot(model), {}
     for llds_lambda in [] if cfg.eval else cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
-        model.load_state_dict(start)
+        model.load_state_dict(start, strict=False)
         runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
     report(runs, before, runs and cfg.plot and out / "curves.png")
 
 def main(argv=None):
     cfg = parse_config(argv)
     set_seed(cfg.seed)
+    if cfg.fsdp:
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:  # float32 weights: to a bfloat16 one an update of 1e-6 is nothing. A cache would outlive the update
         with torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=False):
             run(cfg)
     except OSError as error:  # a file, a model, or the retrieval server
         check(False, error)
+    except torch.OutOfMemoryError as error:
+        check(False, f"{error}\nLower --micro_batch_tokens (updates) or --rollout_batch (rollouts), or add "
+              "--gradient_checkpointing, --lora_rank 16, or torchrun and --fsdp, with --cpu_offload at worst")
+    if cfg.fsdp:
+        dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

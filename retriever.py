@@ -5,14 +5,7 @@
     >>> engine.search(["capital Paris"], k=1)[0][0]["contents"]
     '"Paris"\\nParis is the capital of France.'
 """
-import copy
-import gzip
-import json
-import math
-import random
-import re
-import time
-import urllib.request
+import copy, gzip, json, math, random, re, time, urllib.request
 from argparse import ArgumentParser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -86,6 +79,9 @@ class BM25:
             found.append([dict(self.passages[d], score=scores[d].item()) for d in best.tolist()])
         return found
 
+CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
+              "<answer> answer </answer> to finish.\n\n")
+OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
 TAG = re.compile(r"</?(?:think|search|information|answer)>")
 
 def information(passages):
@@ -135,8 +131,10 @@ def serve(engine, port):
 SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
 ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
 
-def tiny_agent(texts):
-    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of texts."""
+def tiny_agent(passages, questions, top_k):
+    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of an episode."""
+    texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:top_k]),
+             *map(information, zip(passages)), *(q["question"] for q in questions)]
     words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(TAG.pattern + r"|\w+|[^\w\s]")
     words.pre_tokenizer = pre_tokenizers.Split(word, "removed", invert=True)
     words.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=["<eos>", "<unk>"]))

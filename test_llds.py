@@ -628,9 +628,9 @@ class Scripted:
     def __init__(self, episodes):
         self.says = {tuple(e.ids[:t]): e.ids[t] for e in episodes for t, k in enumerate(e.action_id) if k}
 
-    def base_model(self, input_ids, attention_mask, past_key_values, **_):
+    def base_model(self, input_ids, attention_mask, position_ids, cache, use_cache):
         keys = input_ids[:, None, :, None].double()
-        seen, _ = past_key_values.update(keys, keys, 0)                    # (rows, 1, cells, 1)
+        seen, _ = cache.update(keys, keys, 0)                              # (rows, 1, cells, 1)
         return [torch.where(attention_mask[:, 0], seen[..., 0], -1.0)]     # (rows, width, cells)
 
     def get_output_embeddings(self):
@@ -849,8 +849,8 @@ def test_every_token_enters_the_model_once(group, rows):
     """Each group's prompt once; then, for each row, all that follows but the last token, which nothing reads.
     In a chunk of the built-in vocabulary only padding and a leading <eos> are 0."""
     (model, env, questions), fed = agent(21), []
-    model.base_model.register_forward_pre_hook(with_kwargs=True, hook=lambda module, args, kwargs: fed.extend(
-        1 + max((t for t, i in enumerate(row) if i), default=0) for row in kwargs["input_ids"].tolist()))
+    model.base_model.register_forward_pre_hook(lambda module, args: fed.extend(
+        1 + max((t for t, i in enumerate(row) if i), default=0) for row in args[0].tolist()))
     episodes = llds.rollout(model, env, questions, group, 1.0, rows)
     starts = [env.reset(e.question).start for e in episodes]
     assert sum(len(e.searches) for e in episodes) > 0 and env.tok.eos_token_id == 0
@@ -868,7 +868,7 @@ def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch
 
     monkeypatch.setattr(torch, "multinomial", sampler)
     episodes = llds.rollout(model, env, questions, 1, 1.3, 1)
-    ids, action_id, answer_mask = llds.pad(episodes, "cpu")
+    ids, action_id, answer_mask = llds.pad(episodes)
     logp, _ = llds.token_logps(model, ids, action_id, 1.3)
     torch.testing.assert_close(logp[action_id > 0], torch.tensor(said), rtol=1e-4, atol=1e-5)
     assert sum(len(e.searches) for e in episodes) > 0
@@ -883,7 +883,7 @@ def test_token_logps_equal_those_of_full_logits(temperature, chunk):
     """Values, exact entropy, each parameter's gradient; 0 outside actions. 3: less than the actions have."""
     model, env, questions = agent(23)
     model.float()
-    ids, action_id, _ = llds.pad(llds.rollout(model, env, questions, 1, temperature), "cpu")
+    ids, action_id, _ = llds.pad(llds.rollout(model, env, questions, 1, temperature))
     weight = torch.randn(ids.shape)                                        # (N, T)
 
     def solve(logp, entropy):
@@ -916,7 +916,7 @@ def updated(micro_batch_tokens, monkeypatch=None, rate=.3, **flags):
         monkeypatch.setattr(llds, "policy_loss", lambda logp, old, adv, mask, *rest: (
             moved[-1].append((logp - old).detach()[mask]), loss(logp, old, adv, mask, *rest))[1])
         monkeypatch.setattr(optimizer, "step", lambda: (moved.append([]), step()))
-    reference = agent(31)[0].float()
+    reference = llds.snapshot(agent(31)[0].float())
     torch.manual_seed(0)                                                   # the same plan for everyone
     cfg = llds.Config(micro_batch_tokens=micro_batch_tokens, **flags)
     scheduler = SimpleNamespace(step=lambda: None)
@@ -1183,7 +1183,7 @@ def test_bfloat16_products_with_float32_weights():
     model, env, questions = agent(37)
     model, caches = model.float(), []
     episodes = llds.rollout(model, env, questions, 2)
-    ids, action_id, _ = llds.pad(episodes, "cpu")
+    ids, action_id, _ = llds.pad(episodes)
     exact, _ = llds.token_logps(model, ids, action_id)
     real = llds.SlotCache
     with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
@@ -1266,7 +1266,7 @@ def test_frozen_embeddings_stand_still_and_nothing_else_does(tmp_path):
         q["golden_answers"] = [*env.tok.get_vocab()][::2]
     cfg = llds.Config(steps=1, questions_per_step=4, mini_batches=2, max_new_tokens=9, warmup_ratio=0.0)
     start = copy.deepcopy(model.float().state_dict())
-    for frozen in (True, False):
+    for frozen in (False, True):
         model.load_state_dict(start)
         llds.train(model, env, questions, questions, 0.1, tmp_path / str(frozen),
                    replace(cfg, freeze_embeddings=frozen))
@@ -1349,7 +1349,8 @@ class Paced(llds.Environment):
         for e in episodes:
             e.done = e.turn == len(e.lengths)
             if not e.done:
-                self.append(e, [*range(50)] * 3)
+                e.ids, e.action_id, e.turn = e.ids + [*range(50)] * 3, e.action_id + [0] * 150, e.turn + 1
+                e.start = len(e.ids)
 
 
 @torch.no_grad()
@@ -1398,7 +1399,7 @@ def bare(model, calls):
     used = [call["attention_mask"].shape[-1] for call in calls]
     cache = Cells(max(len(call["input_ids"]) for call in calls), max(used))
     for call, cache.used in zip(calls, used):
-        hidden = model.base_model(**call, past_key_values=cache, use_cache=True)[0]
+        hidden = model.base_model(*call.values(), cache, use_cache=True)[0]
         model.get_output_embeddings()(hidden[:, -1]).argmax(dim=-1).tolist()
 
 
@@ -1409,8 +1410,9 @@ def bench_rollout(model, env, questions):
         return loop(model, env, asked, 8, temperature=0.0)
 
     def calls(loop):
-        made, inputs = [], ("input_ids", "position_ids", "attention_mask")
-        keep = lambda module, args, kwargs: made.append({name: kwargs[name] for name in inputs})
+        made, inputs = [], ("input_ids", "attention_mask", "position_ids")
+        keep = lambda module, args, kwargs: made.append(
+            {name: (kwargs | dict(zip(inputs, args)))[name] for name in inputs})
         hook = model.base_model.register_forward_pre_hook(keep, with_kwargs=True)
         play(loop)
         hook.remove()
