@@ -12,8 +12,8 @@ responses has fallen since the rollout), and nothing where it has not. arXiv 251
 In the order of the data: settings, episode, rollout, reward, losses, update, models, reports. N rollouts,
 T tokens (right-padded), M action tokens, D hidden units, V words; column t of (N, T) belongs to ids[:, t].
 """
-import json, math, os, random, re, shutil, signal, string, sys, time
-from collections import defaultdict
+import json, math, random, re, shutil, signal, string, sys, time
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,10 +23,7 @@ from typing import Literal
 
 import pandas
 import torch
-import torch.distributed as dist
 from datasets import exceptions, load_dataset
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -49,7 +46,6 @@ def flag(default, why):
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
 
 DEVICE, DTYPE = ("cuda", "bfloat16") if torch.cuda.is_available() else ("cpu", "float32")
-RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 @dataclass
 class Config:
@@ -93,9 +89,6 @@ class Config:
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of products; weights are always float32")
     gradient_checkpointing: bool = flag(False, "keep only the layers' inputs, compute the rest again")
-    lora_rank: int = flag(0, "above 0: train only low-rank adapters of the layers (needs peft)")
-    fsdp: bool = flag(False, "share weights, gradients and optimizer among the processes of torchrun")
-    cpu_offload: bool = flag(False, "with --fsdp: what is shared lives in the CPU's memory")
     save_steps: int = flag(50, "write a checkpoint every so many steps, and on Ctrl-C or SIGTERM")
     save_total_limit: int = flag(1, "checkpoints that are kept, the newest")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir, with the same flags")
@@ -109,11 +102,10 @@ class Config:
 
 REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
-                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384,
-                  gradient_checkpointing=True)
-LOWEST = dict(max_turns=1, top_k=1, max_new_tokens=1, max_feedback_tokens=32, questions_per_step=1,
-              group_size=2, mini_batches=1, passes=1, temperature=1e-3, micro_batch_tokens=1, save_steps=1,
-              save_total_limit=1, eval_steps=1, sample_every=1)  # 0 for the other numbers
+                  rollout_batch=80, micro_batch_tokens=16384, gradient_checkpointing=True,
+                  warm_learning_rate=1e-5)
+LOWEST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, hops=0, seed=0, steps=0, warm_steps=0,
+              probe=0)  # 1 for other whole numbers, 0 for other fractions
 
 def check(ok, message):
     if not ok:
@@ -130,15 +122,12 @@ def parse_config(argv=None):
         parser.set_defaults(**{**REAL_MODEL, **kept, "warm_steps": 0})
     cfg = Config(**vars(parser.parse_args(argv)))
     for name, value in (asdict(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
-        low = LOWEST.get(name, 0)
+        low = LOWEST.get(name, int(type(value) is int))
         check(isinstance(value, str) or value >= low, f"--{name} must be at least {low}, not {value}")
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
           f"--answer_weight must be a number from 0 to 1, or 'adaptive', not {cfg.answer_weight!r}")
-    for name, package in ("plot", "matplotlib"), ("lora_rank", "peft"):
-        check(not vars(cfg)[name] or find_spec(package), f"--{name}: pip install {package} first")
-    check(cfg.fsdp == ("RANK" in os.environ), "--fsdp needs torchrun, and torchrun --fsdp: "
-          "torchrun --nproc_per_node GPUS llds.py --fsdp")
+    check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     check(cfg.output_dir or not cfg.resume, "--resume needs the --output_dir of the run")
     check(not cfg.ask or cfg.model != "tiny", "--ask needs a trained --model, such as runs/NAME")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.passes == 1:
@@ -166,9 +155,7 @@ def between(tag, text):
     _, opened, inside = head.rpartition(f"<{tag}>")
     return inside.strip() if opened and closed else None
 
-def extract_answer(text):
-    """The answer in an action: what follows the last <answer> before the first </answer>. str or None."""
-    return between("answer", text)
+extract_answer = partial(between, "answer")  # text of an action -> str | None
 
 class Environment:
     """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback."""
@@ -209,8 +196,7 @@ class Environment:
         return full or action[-1] == self.tok.eos_token_id
 
     def respond(self, episodes):
-        """Runs the action that each episode has just completed: ends the episode, or appends the feedback to
-        it and opens its next turn. An episode whose context is full ends instead."""
+        """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
         going_on = []
         for e in episodes:
             text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
@@ -232,19 +218,12 @@ class Environment:
                 e.searches.append([passage["contents"] for passage in passages])
                 text = self.encode(information(passages))[:max(0, limit - len(head) - len(tail))]
                 feedback = head + text + tail
-            e.done = len(e.ids) + len(feedback) >= self.max_length
+            e.done = len(e.ids) + len(feedback) >= self.max_length  # the context is full
             if not e.done:
                 e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
                 e.turn, e.start = e.turn + 1, len(e.ids)
 
 # -------------------------------------------------------------------------------------------- rollout
-def everyone(x):
-    """[x of rank 0, x of rank 1, ...] on every rank; [x] where there is one process."""
-    parts = [x] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, x)
-    return parts
-
 class SlotCache(Cache):
     """One preallocated KV cache for all rollouts, in which a token's cell is its position: row r's token at
     position p lives in buffer[r, :, p]. The mask is "cell <= position", nothing is concatenated or shifted,
@@ -273,16 +252,13 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
     """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
     samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
-    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions; a
-    rank plays its share of them and gets those of the others."""
-    cfg, mine = env.cfg, questions[RANK::WORLD] or questions[:1]
-    groups = [[env.reset(question) for _ in range(group_size)] for question in mine]
+    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
+    cfg, groups = env.cfg, [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
     cache = SlotCache(min(max(max_rows, group_size), len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
-    bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5,
-               disable=RANK > 0)
+    bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
 
     def feed(rows, most):
         """Feeds up to `most` pending tokens to each of rows; returns the logits after the last one."""
@@ -332,9 +308,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
             live.pop()
             bar.update()
     bar.close()
-    parts = everyone((groups, torch.get_rng_state()))
-    torch.set_rng_state(parts[0][1])  # ranks sample apart, then draw alike
-    return [e for i in range(len(questions)) for e in parts[i % WORLD][0][i // WORLD]]
+    return list(chain(*groups))
 
 # --------------------------------------------------------------------------------------------- reward
 def normalize_answer(text):
@@ -427,11 +401,9 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     width = int((is_action.any(dim=0) * torch.arange(ids.shape[1], device=ids.device)).max())  # the last one
     hidden = model.base_model(input_ids=ids[:, :width + 1], use_cache=False)[0]         # (N, width + 1, D)
     hidden, target = hidden[:, :-1][is_action[:, 1:width + 1]], ids[is_action]  # (M, D), (M,): the one shift
-
     def head(hidden, target):
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).detach().sum(dim=-1)
-
     pairs = zip(hidden.split(chunk), target.split(chunk))
     parts = [checkpoint(head, *pair, use_reentrant=False) for pair in pairs]
     zeros = torch.zeros(ids.shape, device=ids.device)
@@ -445,12 +417,12 @@ def pad(episodes):
     return [pad_sequence([*map(torch.tensor, rows)], batch_first=True).to(DEVICE) for rows in columns]
 
 def split(lengths, group_size, mini_batches, max_tokens):
-    """Shuffled groups -> mini-batches -> micro-batches: rows by length; a rank's fit max_tokens, padded."""
+    """Shuffled groups -> mini-batches -> micro-batches: rows by length, that fit max_tokens when padded."""
     lengths, plan = torch.tensor(lengths), []
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         rows = rows[lengths[rows].argsort()]
-        plan.append(rows.split(WORLD * max(1, max_tokens // int(lengths[rows[-1]]))))
+        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
     return plan
 
 def mean(values):
@@ -467,8 +439,7 @@ def first_action_match(episodes, group_size):
 
 def update(model, optimizer, scheduler):
     """One step with the clipped gradient, none if it is not finite. Returns its norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-    norm = getattr(norm, "full_tensor", lambda: norm)().item()  # with --fsdp a DTensor
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
     if math.isfinite(norm):
         optimizer.step()
     scheduler.step()
@@ -476,9 +447,8 @@ def update(model, optimizer, scheduler):
     return norm
 
 def snapshot(model):
-    """The trainable weights on the CPU; model.load_state_dict(them, strict=False) brings them back."""
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items() if name in trained}
+    """A copy of the weights on the CPU, where they cost no GPU memory."""
+    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
 
 def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
     """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp)).
@@ -490,49 +460,39 @@ def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
     answer_weight = min(searches / 2, 1.0) if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
     plan = split([len(e.ids) for e in episodes], cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
 
-    def share(rows):  # this rank's rows of a micro-batch; if there are none, another's, without any action
-        mine = rows[RANK::WORLD] if RANK < len(rows) else rows[:1]
-        return mine, action_id[mine] * (RANK < len(rows))
-
     @torch.no_grad()
     def all_logps():  # over the very micro-batches: unmoved weights give old = new to the last bit
         out = torch.zeros(2, *ids.shape, device=DEVICE)
-        for rows, action in map(share, chain(*plan)):
-            out[:, rows] = torch.stack(token_logps(model, ids[rows], action, cfg.temperature))
-        if WORLD > 1:
-            dist.all_reduce(out)
+        for rows in chain(*plan):
+            out[:, rows] = torch.stack(token_logps(model, ids[rows], action_id[rows], cfg.temperature))
         return out
 
     old_logp, entropy = all_logps()
     ref_logp = old_logp
     if cfg.beta > 0:
         now = snapshot(model)
-        model.load_state_dict(start, strict=False)
+        model.load_state_dict(start)
         ref_logp = all_logps()[0]
-        model.load_state_dict(now, strict=False)
+        model.load_state_dict(now)
     total, grad_norms = defaultdict(float), []  # a norm for each update
     for mini_batch in plan * cfg.passes:
         members = torch.cat(mini_batch)
         tokens = is_action[members].sum()                                               # the two normalisers
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()
-        for rows, action in map(share, mini_batch):
-            old, ref, answer = (x[rows] for x in (old_logp, ref_logp, answer_mask))
+        for rows in mini_batch:
+            old, ref, action, answer = (x[rows] for x in (old_logp, ref_logp, action_id, answer_mask))
             logp, _ = token_logps(model, ids[rows], action, cfg.temperature)
             policy, info = policy_loss(logp, old, advantages[rows], action > 0, cfg.clip, tokens)
             kl = kl_penalty(logp, ref, action > 0, tokens)
             llds, counts = llds_penalty(logp, old, advantages[rows], action, cfg.llds_gate, answer,
                                         answer_weight, preserved_tokens)
             loss = policy + llds_lambda * llds
-            loss = loss + cfg.beta * kl if cfg.beta > 0 else loss  # 0 * inf would be NaN
-            (loss * WORLD).backward()  # FSDP takes the mean over ranks, the normalisers count all
+            (loss + cfg.beta * kl if cfg.beta > 0 else loss).backward()  # 0 * inf would be NaN
             total["ratio_max"] = max(total["ratio_max"], info.pop("ratio_max").item())
-            total["llds_first"] += 0 if grad_norms else llds.item()
             for name, value in {"kl": kl, "llds": llds, **info, **counts}.items():
                 total[name] += value.item()
         grad_norms.append(update(model, optimizer, scheduler))
 
-    totals = everyone(total)
-    total = {name: (max if name == "ratio_max" else sum)(part[name] for part in totals) for name in total}
     new_logp, correct, actions = all_logps()[0], rewards == 1, is_action.sum().item()
     right, wrong = is_action & correct[:, None], is_action & ~correct[:, None]          # (N, T)
     served = torch.tensor([[len(e.searches)] for e in episodes], device=DEVICE)         # (N, 1)
@@ -548,13 +508,12 @@ def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
         "grad_norm": mean([norm for norm in grad_norms if math.isfinite(norm)]),
         "skipped_updates": sum(not math.isfinite(norm) for norm in grad_norms),
         "kl": total["kl"] / len(grad_norms), "llds": total["llds"] / len(grad_norms),
-        "llds_first": total["llds_first"], "answer_weight": answer_weight, "ratio_max": total["ratio_max"],
-        "clip_frac": total["clipped"] / actions / cfg.passes,
+        "ratio_max": total["ratio_max"], "clip_frac": total["clipped"] / actions / cfg.passes,
         "llds_gate_frac": total["open_units"] / max(1, total["units"]),
         "llds_token_frac": total["penalized_tokens"] / max(1, total["preserved_tokens"]),
+        "answer_weight": answer_weight, "action_tokens": actions / len(episodes),
         "valid_actions": sum(len(e.searches) + (e.answer_start is not None) for e in episodes)
                          / sum(e.turn for e in episodes),
-        "action_tokens": actions / len(episodes),
         "zero_std_groups": mean((advantages == 0).view(-1, cfg.group_size).all(dim=1).tolist()),
     }, (advantages, old_logp, new_logp)
 
@@ -564,32 +523,15 @@ def load_model(cfg, passages, questions):
     if cfg.model == "tiny":
         tok, model = tiny_agent(passages, questions, cfg.top_k)
     else:
-        dtype = cfg.dtype if cfg.lora_rank else "float32"  # weights that stand still need no float32
-        model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype=dtype)
-        check(set(getattr(model.config, "layer_types", None) or ()) <= {"full_attention"},
-              f"--model {cfg.model}: a layer without full attention is not supported")
+        model = AutoModelForCausalLM.from_pretrained(cfg.model, attn_implementation="sdpa", dtype="float32")
+        layers = set(getattr(model.config, "layer_types", None) or ())
+        check(layers <= {"full_attention"}, f"--model {cfg.model}: not all its layers have full attention")
         # By the model's type Auto would give our saved agent the tokenizer of Qwen2, with other ids.
         ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
         tok = (PreTrainedTokenizerFast if ours else AutoTokenizer).from_pretrained(cfg.model)
-    if cfg.lora_rank:
-        from peft import LoraConfig
-        model.add_adapter(LoraConfig(r=cfg.lora_rank, lora_alpha=2 * cfg.lora_rank, target_modules="all-linear"))
     for layer in model.base_model.layers if cfg.gradient_checkpointing else ():
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    return tok, (shard(model, cfg) if cfg.fsdp else model.to(DEVICE)).eval()  # eval, always: no dropout
-
-def shard(model, cfg):
-    """FSDP2: a rank keeps its share of weights, gradients and optimizer. What a layer gathers for its first
-    forward stays until its backward, so that ranks sample without waiting for each other."""
-    offload = CPUOffloadPolicy() if cfg.cpu_offload else OffloadPolicy()
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-    body, units = model.base_model.forward, [*model.base_model.layers, model]
-    for unit in units:
-        fully_shard(unit, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    # The embeddings and the head are gathered by a call of the model. We call body and head apart, so let that
-    # call be the body's, and base_model be the model.
-    model.forward, model.base_model_prefix = body, ""
-    return model
+    return tok, model.to(DEVICE).eval()  # eval, always: no dropout
 
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: GRPO starts from one who knows the format."""
@@ -597,7 +539,7 @@ def warm_start(model, env, passages, questions, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     batches = lessons(env, passages, questions, cfg.warm_steps)
-    for episodes in tqdm(batches, "warm start", cfg.warm_steps, leave=False, disable=RANK > 0):
+    for episodes in tqdm(batches, "warm start", cfg.warm_steps, leave=False):
         ids, action_id, _ = pad(episodes)
         for rows in split([len(e.ids) for e in episodes], 1, 1, cfg.micro_batch_tokens)[0]:
             logp, _ = token_logps(model, ids[rows], action_id[rows])
@@ -605,8 +547,9 @@ def warm_start(model, env, passages, questions, cfg):
         update(model, optimizer, scheduler)
 
 # -------------------------------------------------------------------------------------------- reports
-SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)
+SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)  # times the first five's mean; its best
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
+BENCHMARKS = {"general": "nq triviaqa popqa", "multi_hop": "hotpotqa 2wikimultihopqa musique bamboogle"}
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
 def evaluate(model, env, questions, cfg):
@@ -617,6 +560,9 @@ def evaluate(model, env, questions, cfg):
         for part in ["", *[f"_{hops}hop"] * bool(hops), *[f"_{name}"] * bool(name)]:
             scores["em" + part].append(e.reward)
             scores["searches" + part].append(len(e.searches))
+    for average, names in BENCHMARKS.items():  # over sets, each counting the same, as in the paper
+        if of_sets := [mean(scores[f"em_{name}"]) for name in names.split() if f"em_{name}" in scores]:
+            scores["em_" + average] = of_sets
     return {f"eval_{name}": mean(scores[name]) for name in sorted(scores)}
 
 def show(env, e):
@@ -627,7 +573,7 @@ def show(env, e):
     print(re.sub(r"<(\w+)>.*?(</\1>|$)", paint, env.decode(e.ids[e.action_id.index(1):]), flags=re.DOTALL))
 
 def show_tokens(env, e, advantages, old_logp, new_logp, answer_weight):
-    """Prints the first episode of a step as a table: what each token is, and its penalty after the updates."""
+    """Prints the first episode of a step: what each token is, and its penalty after the updates."""
     ids, action_id, answer_mask = pad([e])                                              # (1, T)
     old_logp, new_logp = (x[:1, :len(e.ids)] for x in (old_logp, new_logp))
     llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantages[:1], action_id, env.cfg.llds_gate,
@@ -646,8 +592,7 @@ def sparkline(values):
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
 
 def crossings(history):
-    """{name: step at which a series first showed its sign of trouble}: on means over five steps, reward below
-    3/4 of its best so far, the others beyond a multiple of their first. A heuristic of ours."""
+    """{name: step at which a series first showed its sign of trouble}; a heuristic of ours, see SIGNS."""
     crossed, table = {}, pandas.DataFrame(history, columns=["step", *SIGNS]).set_index("step")
     for name, factor in SIGNS.items():
         means = table[name].astype(float).abs().dropna().rolling(5).mean().dropna()
@@ -658,30 +603,28 @@ def crossings(history):
 
 def report(runs, before, plot):
     """Prints what each run began and ended with, and its curves. runs: {lambda: metrics, step by step}."""
-    tables = {f"lambda {llds_lambda:g}": pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step")
-              for llds_lambda, history in runs.items()}
-    for (name, table), history in zip(tables.items(), runs.values()):
-        print(f"\n{name}")
-        for curve, values in table.items():
-            if len(values := values.dropna().tolist()):
-                print(f"  {curve:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
+    for llds_lambda, history in runs.items():
+        print(f"\nlambda {llds_lambda:g}")
+        for name in CURVES:
+            if values := [row[name] for row in history if row.get(name) is not None]:
+                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
         crossed, end = crossings(history), len(history) + 1
         decay = min(crossed.get("logp_correct", end), crossed.get("entropy", end))
         fall = max(decay, crossed.get("reward", end))
         spans = ("I stagnation", 1, decay), ("II decay", decay, fall), ("III acceleration", fall, end)
-        spans = [f"{phase}: steps {begin} to {stop - 1}" for phase, begin, stop in spans if begin < stop]
+        spans = [f"{name}: steps {begin} to {stop - 1}" for name, begin, stop in spans if begin < stop]
         print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
-    ends = {name: history[-1] for name, history in zip(tables, runs.values()) if history}
+    ends = {f"lambda {llds_lambda:g}": rows[-1] for llds_lambda, rows in runs.items() if rows}
     print("\nheld-out questions")
     print(pandas.DataFrame({"start": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
     if plot:
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-        for curve, axis in zip(CURVES, axes.flat):
-            for name, table in tables.items():
-                table[curve].astype(float).dropna().plot(ax=axis, title=curve, label=name)
-        axes.flat[0].legend()
-        figure.savefig(plot)
+        axes = None
+        for history in runs.values():
+            table = pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step").astype(float)
+            axes = table.interpolate().plot(subplots=True, layout=(2, 3), figsize=(12, 6), title=[*CURVES],
+                                            ax=axes, legend=False)
+        axes.flat[0].legend([f"lambda {llds_lambda:g}" for llds_lambda in runs])
+        axes.flat[0].figure.savefig(plot)
 
 # ----------------------------------------------------------------------------------------------- main
 def load_questions(sources, part):
@@ -708,66 +651,57 @@ def load_questions(sources, part):
         check(rows and all(row.get("question") and isinstance(row.get("golden_answers"), list)
                            and {str}.issuperset(map(type, row["golden_answers"])) for row in rows),
               f"{source}: '{part}' needs questions, with 'question' and a list of strings, 'golden_answers'")
-        check(rows[0].get("set") not in [q.get("set") for q in questions], f"{source}: two sets of one name")
         questions += rows
     return questions
 
-FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 gets the shares of all
-
 def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs. It gets its name when complete: a kill leaves the checkpoint before."""
-    (weights, moments), unfinished = get_state_dict(model, optimizer, options=FULL), out / "unfinished"
-    name = out / f"checkpoint-{len(history)}"
-    if RANK > 0 or name.exists():
-        return
+    unfinished, complete = out / "unfinished", out / f"checkpoint-{len(history)}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished, state_dict=weights)
+    model.save_pretrained(unfinished)
     tok.save_pretrained(unfinished)
-    state = {"optimizer": moments, "scheduler": scheduler.state_dict(), "history": history}
-    torch.save(state, unfinished / "training.pt")
-    unfinished.rename(name)
+    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                "history": history, "flags": model.config.llds}, unfinished / "training.pt")
+    if not complete.exists():
+        unfinished.rename(complete)
     rotate_checkpoints(out, limit)
 
-def train(model, env, questions, held_out, llds_lambda, out, cfg):
-    """One run: cfg.steps times rollout, then updates. Returns the metrics of each step, and writes them."""
-    if cfg.freeze_embeddings:
-        model.get_input_embeddings().requires_grad_(False)
+def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
+    """One run from the weights `start`: cfg.steps times rollout, then updates. Writes and returns metrics."""
+    model.load_state_dict(start)
+    model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     history, n, shuffle = [], cfg.questions_per_step, random.Random(cfg.seed)
     rounds = range(-(-cfg.steps * n // len(questions)))  # every question once, then all again
     order = [question for _ in rounds for question in shuffle.sample(questions, len(questions))]
-    start = snapshot(model) if cfg.beta > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False, "output_dir": ""}
     model.config.llds = flags  # part of config.json from the start
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
-        old = json.loads((out / "config.json").read_text())["llds"]
-        changed = ", ".join(f"--{name}" for name in flags if flags[name] != old.get(name))
-        check(not changed, f"--resume: {out} was made with other {changed}")
-        weights = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict()
         state = torch.load(f"{folder}/training.pt", weights_only=True)
-        set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state["optimizer"],
-                       options=FULL)
+        changed = ", ".join(f"--{name}" for name in flags if flags[name] != state["flags"].get(name))
+        check(not changed, f"--resume: {out} was made with other {changed}")
+        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
+        optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
-    elif RANK == 0:
+    else:
         model.config.save_pretrained(out)
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
     save = partial(save_checkpoint, out, model, env.tok, optimizer, scheduler, history, cfg.save_total_limit)
-    with open(os.devnull if RANK else out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
+    with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
         log.writelines(json.dumps(row) + "\n" for row in history)
         for step in range(len(history) + 1, cfg.steps + 1):
             begin = time.perf_counter()
-            torch.manual_seed(hash((cfg.seed, step)) + RANK)  # a resumed run draws the same numbers
+            torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
             asked = order[(step - 1) * n:step * n]
             try:
                 episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
-            except OSError:  # the retrieval server is gone (of more ranks, the others do not know yet)
-                if WORLD == 1:
-                    save()
+            except OSError:  # the retrieval server is gone
+                save()
                 raise
             sampled = time.perf_counter() - begin
             for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
@@ -787,16 +721,11 @@ def train(model, env, questions, held_out, llds_lambda, out, cfg):
                 show(env, episodes[0])
                 if cfg.tokens:
                     show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
-            stopped = any(everyone(bool(stop)))
-            if step % cfg.save_steps == 0 or stopped:
+            if step % cfg.save_steps == 0 or step == cfg.steps or stop:
                 save()
-                check(not stopped, f"stopped after step {step}; --resume goes on from there")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    save()
-    if RANK == 0:
-        not_the_state = shutil.ignore_patterns("training.pt")
-        shutil.copytree(get_last_checkpoint(out), out, dirs_exist_ok=True, ignore=not_the_state)
+                check(not stop, f"stopped after step {step}; --resume goes on from there")
+    model.save_pretrained(out)
+    env.tok.save_pretrained(out)
     return history
 
 def probe(model, env, questions, cfg):
@@ -814,7 +743,7 @@ def probe(model, env, questions, cfg):
             _, (advantages, old_logp, new_logp) = train_step(
                 model, None, optimizer, get_scheduler("constant", optimizer), group, llds_lambda, alone)
             changes.append((new_logp - old_logp)[advantages > 0].sum(dim=1).mean().item())
-            model.load_state_dict(start, strict=False)
+            model.load_state_dict(start)
         print(f"\nupdates {passes}, lambda {llds_lambda:g}: {sum(change < 0 for change in changes)} of "
               f"{len(groups)} questions lowered the likelihood of their right responses; in nats:")
         for change in sorted(changes):
@@ -842,32 +771,29 @@ def run(cfg):
     if cfg.probe:
         return probe(model, env, questions, cfg)
     before = evaluate(model, env, held_out, cfg)
+    if cfg.eval:
+        settings = {name: vars(cfg)[name] for name in ("corpus", "retriever_url", "top_k", "max_turns")}
+        settings |= {"decoding": "greedy", "questions": Counter(q.get("set", "all") for q in held_out)}
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "eval.json").write_text(json.dumps(before | settings, indent=1) + "\n")
+        return print(pandas.Series(before | settings).to_string())
     start, runs = snapshot(model), {}
-    for llds_lambda in [] if cfg.eval else cfg.llds_lambda:
+    for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
-        model.load_state_dict(start, strict=False)
-        runs[llds_lambda] = train(model, env, questions, held_out, llds_lambda, folder, cfg)
+        runs[llds_lambda] = train(model, start, env, questions, held_out, llds_lambda, folder, cfg)
     report(runs, before, runs and cfg.plot and out / "curves.png")
 
 def main(argv=None):
     cfg = parse_config(argv)
     set_seed(cfg.seed)
-    if cfg.fsdp:
-        if DEVICE == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     try:  # float32 weights: to a bfloat16 one an update of 1e-6 is nothing. A cache would outlive the update
         with torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=False):
             run(cfg)
     except OSError as error:  # a file, a model, or the retrieval server
         check(False, error)
     except torch.OutOfMemoryError as error:
-        check(False, f"{error}\nLower --micro_batch_tokens (updates) or --rollout_batch (rollouts), or add "
-              "--gradient_checkpointing, --lora_rank 16, or torchrun and --fsdp, with --cpu_offload at worst")
-    if cfg.fsdp:
-        dist.destroy_process_group()
+        check(False, f"{error} Lower --micro_batch_tokens, --rollout_batch; add --gradient_checkpointing")
 
 if __name__ == "__main__":
     main()
