@@ -88,7 +88,7 @@ class Config:
     rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of products; weights are always float32")
-    gradient_checkpointing: bool = flag(False, "keep only the layers' inputs, compute the rest again")
+    gradient_checkpointing: bool = flag(DEVICE == "cuda", "keep the layers' inputs, compute the rest again")
     save_steps: int = flag(50, "write a checkpoint every so many steps, and on Ctrl-C or SIGTERM")
     save_total_limit: int = flag(1, "checkpoints that are kept, the newest")
     resume: bool = flag(False, "go on from the last checkpoint in --output_dir, with the same flags")
@@ -102,8 +102,7 @@ class Config:
 
 REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
-                  rollout_batch=80, micro_batch_tokens=16384, gradient_checkpointing=True,
-                  warm_learning_rate=1e-5)
+                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
 LOWEST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, hops=0, seed=0, steps=0, warm_steps=0,
               probe=0)  # 1 for other whole numbers, 0 for other fractions
 
@@ -547,7 +546,7 @@ def warm_start(model, env, passages, questions, cfg):
         update(model, optimizer, scheduler)
 
 # -------------------------------------------------------------------------------------------- reports
-SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)  # times the first five's mean; its best
+SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)  # times its start, times its best
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
 BENCHMARKS = {"general": "nq triviaqa popqa", "multi_hop": "hotpotqa 2wikimultihopqa musique bamboogle"}
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
@@ -767,6 +766,8 @@ def run(cfg):
         check((questions or ready) and held_out, f"--hops {cfg.hops} leaves nothing to train on or evaluate")
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
     check(cfg.eval or cfg.probe or cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
+    if not cfg.probe:
+        out.mkdir(parents=True, exist_ok=True)
     warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
@@ -774,7 +775,6 @@ def run(cfg):
     if cfg.eval:
         settings = {name: vars(cfg)[name] for name in ("corpus", "retriever_url", "top_k", "max_turns")}
         settings |= {"decoding": "greedy", "questions": Counter(q.get("set", "all") for q in held_out)}
-        out.mkdir(parents=True, exist_ok=True)
         (out / "eval.json").write_text(json.dumps(before | settings, indent=1) + "\n")
         return print(pandas.Series(before | settings).to_string())
     start, runs = snapshot(model), {}
@@ -782,7 +782,7 @@ def run(cfg):
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         print(f"\nlambda {llds_lambda:g}: {folder}")
         runs[llds_lambda] = train(model, start, env, questions, held_out, llds_lambda, folder, cfg)
-    report(runs, before, runs and cfg.plot and out / "curves.png")
+    report(runs, before, cfg.plot and out / "curves.png")
 
 def main(argv=None):
     cfg = parse_config(argv)

@@ -1141,7 +1141,7 @@ def test_three_steps_from_the_command_line(tmp_path, monkeypatch, capsys):
 def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     """Plain rows, and rows as Search-R1 keeps them; one set or several; slices; what the hub is asked for."""
     monkeypatch.chdir(tmp_path)
-    plain = [{"question": f"{i}?", "golden_answers": [str(i)]} for i in range(5)]
+    plain = [{"id": f"test_{i}", "question": f"{i}?", "golden_answers": [str(i)]} for i in range(5)]
     Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
     theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": "x",
                "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}} for i in range(3)]
@@ -1203,6 +1203,33 @@ def test_bfloat16_products_with_float32_weights():
     assert {(p.dtype, p.grad.dtype) for p in model.parameters()} == {(torch.float32, torch.float32)}
 
 
+def test_gradient_checkpointing_computes_again_and_changes_nothing():
+    model, env, questions = agent(38)
+    plain, ours = model, llds.load_model(llds.Config(gradient_checkpointing=True), PASSAGES[:6], QUESTIONS[:18])[1]
+    ours.lm_head = torch.nn.Linear(ours.config.hidden_size, len(env.tok))
+    ours.double().load_state_dict(plain.state_dict())
+    calls, layer = [], ours.model.layers[0].mlp
+    layer.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    episodes = llds.rollout(plain, env, questions, temperature=0.0)
+    assert llds.rollout(ours, env, questions, temperature=0.0) == episodes and not any(calls)
+    ids, action_id, _ = llds.pad(episodes)
+    for model in (plain, ours):
+        calls.clear()
+        llds.token_logps(model, ids, action_id)[0].sum().backward()
+    assert len(calls) == 2                                                 # forward, and again in backward
+    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in plain.parameters()])
+
+
+def test_a_full_gpu_is_told_which_flags_help(monkeypatch, capsys):
+    def full(cfg):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(llds, "run", full)
+    with pytest.raises(SystemExit) as stop:
+        llds.main([])
+    assert stop.value.code == 2 and "--micro_batch_tokens" in capsys.readouterr().err
+
+
 def test_an_update_without_a_finite_gradient_is_skipped():
     model = torch.nn.Linear(2, 1)
     optimizer, seen = torch.optim.SGD(model.parameters(), 1.0), SimpleNamespace(step=lambda: None)
@@ -1218,22 +1245,27 @@ def test_an_update_without_a_finite_gradient_is_skipped():
 
 RUN = """--steps 5 --save_steps 2 --warm_steps 20 --group_size 4 --questions_per_step 4 --mini_batches 2
     --eval_steps 3 --max_new_tokens 20 --beta 0.01 --reward_noise 0.2 --train_data q.jsonl --eval_data q.jsonl
-    --output_dir out""".split()
+    --save_total_limit 2 --output_dir out""".split()
 KILL = """import llds, os, pathlib, sys
 name, calls = sys.argv[1], []
 where, what, last, number = dict(step=(llds, "update", 9, 9), save=(pathlib.Path, "rename", 2, 9),
-                                 term=(llds, "update", 5, 15))[name]
+                                 term=(llds, "update", 5, 15), server=(llds, "rollout", 6, 0))[name]
 real, warm_start = getattr(where, what), llds.warm_start
-def deadly(*args):
-    calls.append(len(calls) + 1 == last and os.kill(os.getpid(), number))
-    return real(*args)
+def deadly(*args, **flags):
+    calls.append(name)
+    if len(calls) == last and name == "server":
+        raise OSError("the server is gone")
+    if len(calls) == last:
+        os.kill(os.getpid(), number)
+    return real(*args, **flags)
 llds.warm_start = lambda *args: (warm_start(*args), setattr(where, what, deadly))
 llds.main(sys.argv[2:])"""
 
 
 def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path, monkeypatch):
     """kill -9 in the middle of step 5 (goes on from checkpoint-4) or of the second save (from checkpoint-2,
-    though step 4 is in the log), SIGTERM in step 3 (which ends first): the same metrics, the same weights."""
+    though step 4 is in the log), SIGTERM in step 3 (which ends first), a retrieval server that dies in step 4
+    (saved as of step 3): the same metrics, the same weights."""
     right = sorted({name for q in QUESTIONS for name in q["path"]})[::2]
     questions = "".join(json.dumps(q | {"golden_answers": right}) + "\n" for q in QUESTIONS[:30])
 
@@ -1243,21 +1275,22 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path, monkeypatch):
         rows = [json.loads(line) for line in Path("out/metrics.jsonl").read_text().splitlines()]
         for row in rows:
             del row["seconds"], row["tokens_per_s"]
-        assert [path.name for path in Path("out").glob("*-*")] == ["checkpoint-5"]
+        assert sorted(path.name for path in Path("out").glob("*-*"))[1:] == ["checkpoint-5"]    # of two
         return rows, Qwen2ForCausalLM.from_pretrained("out").state_dict()
 
-    for name in ("whole", "step", "save", "term"):
+    for name in ("whole", "step", "save", "term", "server"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "q.jsonl").write_text(questions)
     rows, weights = outcome(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and len({row["reward"] for row in rows}) > 1
     home = str(Path(llds.__file__).parent)
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUTF8="1", PYTHONPATH=home)
-    for name, status, last, logged in (("step", -9, 4, 4), ("save", -9, 2, 4), ("term", 2, 3, 3)):
+    ends = ("step", -9, 4, 4), ("save", -9, 2, 4), ("term", 2, 3, 3), ("server", 2, 3, 3)
+    for name, status, last, logged in ends:
         died = subprocess.run([sys.executable, "-c", KILL, name, *RUN], cwd=tmp_path / name, env=environment,
                               capture_output=True, text=True)
         assert died.returncode == status, died.stderr
-        assert name != "term" or "stopped after step 3" in died.stderr
+        assert dict(term="stopped after step 3", server="error: the server is gone").get(name, "") in died.stderr
         assert (tmp_path / name / "out" / f"checkpoint-{last}").is_dir()
         assert len((tmp_path / name / "out" / "metrics.jsonl").read_text().splitlines()) == logged
         with pytest.raises(SystemExit):                                    # other flags: not this run
@@ -1285,8 +1318,10 @@ BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "
        "--mini_batches 9 --questions_per_step 8": "--mini_batches",
        "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
        "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
-       "--corpus empty.jsonl": "empty.jsonl", "--model odd": "odd",
-       **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "number", "empty")}}
+       "--corpus empty.jsonl": "empty.jsonl", "--model odd": "odd", "--model bare": "bare",
+       "--max_turns 0": "--max_turns", "--resume": "--output_dir", "--output_dir odd": "--output_dir odd",
+       "--output_dir empty.jsonl/x": "empty.jsonl", "--ask Who?": "--model",
+       **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "number", "empty", "held")}}
 
 
 @pytest.mark.parametrize("flags", BAD)
@@ -1298,6 +1333,10 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     Path("empty.jsonl").touch()
     Path("odd").mkdir()
     Path("odd", "config.json").write_text('{}')                         # no model_type
+    Path("bare").mkdir()
+    Qwen2Config().save_pretrained("bare")                               # no weights
+    Path("held.jsonl").write_text('{"contents": "a", "questions": [{"question": "Who?", "golden_answers": ["a"], '
+                                  '"split": "test"}]}\n')               # nothing to train on
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
     with pytest.raises(SystemExit) as stop:
         llds.main(flags.split())
