@@ -1087,6 +1087,13 @@ def test_the_readme_trainer_for_trl(updates, tmp_path):
     assert updates == 1 or max(seen[1::2]) > 1e-4
 
 
+def test_the_memory_table_is_what_its_formula_says(capsys):
+    snippet("def gigabytes")
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    text = Path(llds.__file__).with_name("README.md").read_text()
+    assert said == [[*row] for row in re.findall(r"^\| (\S+B) \| ([\d.]+) \| ([\d.]+) \| \d+ GB", text, re.M)] != []
+
+
 # ----------------------------------------------------------------------------------------- the command line
 
 PROMISED = """reward logp_correct logp_wrong entropy grad_norm ratio_max clip_frac kl llds llds_gate_frac
