@@ -7,6 +7,7 @@
 """
 import copy, gzip, json, math, random, re, time, urllib.request
 from argparse import ArgumentParser
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
@@ -106,8 +107,9 @@ class HTTPRetriever:
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
                     found = json.load(reply)["result"]
-                return [[dict(hit["document"], score=hit["score"]) for hit in hits] for hits in found]
-            except (OSError, ValueError, KeyError, TypeError) as error:  # no answer, or not the protocol
+                return [[dict(hit["document"], contents="" + hit["document"]["contents"], score=hit["score"])
+                         for hit in hits] for _, hits in zip(queries, found, strict=True)]
+            except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:  # not the protocol
                 if attempt == self.tries - 1:
                     raise OSError(f"retrieval server {self.url}: {error!r}, {self.tries} times") from error
                 time.sleep(2 ** attempt)

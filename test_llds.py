@@ -6,6 +6,7 @@ The oracle of the rollouts is play(): one episode, one token at a time, the whol
 import argparse
 import copy
 import gzip
+import http.client
 import io
 import json
 import math
@@ -507,21 +508,24 @@ def test_http_and_in_process_search_give_the_identical_feedback():
 
 
 def test_a_dead_server_is_retried_and_then_named(monkeypatch):
-    waits, answers = [], [OSError("down"), b"<html>", b'{"result": 3}', b'{"result": [[]]}']
+    """Down, cut off, not JSON, no list, a list too short, a document without contents: then at last an answer."""
+    waits, answers = [], [OSError("down"), http.client.IncompleteRead(b"{"), b"<html>", b'{"result": 3}',
+                          b'{"result": []}', b'{"result": [[{"document": {}, "score": 1}]]}', b'{"result": [[]]}']
 
     def urlopen(request, timeout):
         answer = answers.pop(0)
-        if isinstance(answer, OSError):
+        if isinstance(answer, Exception):
             raise answer
         return io.BytesIO(answer)
 
     monkeypatch.setattr(retriever.urllib.request, "urlopen", urlopen)
     monkeypatch.setattr(retriever.time, "sleep", waits.append)
-    assert HTTPRetriever("http://x:1/retrieve", tries=4).search(["q"], 3) == [[]] and waits == [1, 2, 4]
+    assert HTTPRetriever("http://x:1/retrieve", tries=7).search(["q"], 3) == [[]]
+    assert waits == [1, 2, 4, 8, 16, 32] and not answers
     answers[:] = [OSError("down")] * 2
     with pytest.raises(OSError, match="http://x:1/retrieve.*down.*2 times"):
         HTTPRetriever("http://x:1/retrieve", tries=2).search(["q"], 3)
-    assert waits == [1, 2, 4, 1]
+    assert waits[6:] == [1]
 
 
 def test_what_the_corpus_promises():
