@@ -287,23 +287,18 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
                 live[r].fed = len(live[r].ids)
         else:
             waiting = [r for r, e in enumerate(live) if e.fed + 1 < len(e.ids)]
-            in_one_go = 4 * len(waiting) >= len(live)
-            active = waiting if in_one_go else range(len(live))
-            logits = feed(active, cells if in_one_go else 1)
-        tokens = logits.argmax(dim=-1) if temperature == 0 else torch.multinomial(
-            torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
-        completed = []
-        for e, token in zip([live[r] for r in active], tokens.tolist()):
-            if e.fed == len(e.ids):  # else it still has feedback to read
-                e.ids.append(token)
-                e.action_id.append(e.turn)
-                if env.complete(e):
-                    completed.append(e)
-        env.respond(completed)
+            active, most = (waiting, cells) if 4 * len(waiting) >= len(live) else (range(len(live)), 1)
+            logits = feed(active, most)
+        tokens = (logits / temperature).softmax(1).multinomial(1)[:, 0] if temperature else logits.argmax(1)
+        drawn = zip([live[r] for r in active], tokens.tolist())
+        drawn = [(e, token) for e, token in drawn if e.fed == len(e.ids)]  # others have feedback left to read
+        for e, token in drawn:
+            e.ids.append(token)
+            e.action_id.append(e.turn)
+        env.respond([e for e, _ in drawn if env.complete(e)])
         for r in reversed([r for r, e in enumerate(live) if e.done]):  # the last row moves into the freed one
-            if r < len(live) - 1:
-                cache.copy(len(live) - 1, r, live[-1].fed)
-                live[r] = live[-1]
+            cache.copy(len(live) - 1, r, live[-1].fed)
+            live[r] = live[-1]
             live.pop()
             bar.update()
     bar.close()

@@ -860,14 +860,14 @@ def test_every_token_enters_the_model_once(group, rows):
 
 def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
     """With one row in the cache every call of the sampler is a token of an action, in order."""
-    (model, env, questions), said, multinomial = agent(22), [], torch.multinomial
+    (model, env, questions), said, multinomial = agent(22), [], torch.Tensor.multinomial
 
     def sampler(p, n):
         token = multinomial(p, n)
         said.append(p.gather(1, token).log().item())
         return token
 
-    monkeypatch.setattr(torch, "multinomial", sampler)
+    monkeypatch.setattr(torch.Tensor, "multinomial", sampler)
     episodes = llds.rollout(model, env, questions, 1, 1.3, 1)
     ids, action_id, answer_mask = llds.pad(episodes)
     logp, _ = llds.token_logps(model, ids, action_id, 1.3)
