@@ -163,15 +163,11 @@ class Environment:
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
         self.template = cfg.chat_template != "off" and tok.chat_template is not None
         check(self.template or cfg.chat_template != "on", "--chat_template on: the tokenizer has none")
+        self.decode = partial(tok.decode, clean_up_tokenization_spaces=False)
+        # split_special_tokens: no document can smuggle in a special token
+        self.encode = partial(tok.encode, add_special_tokens=False, split_special_tokens=True)
         # Only a token with ">" can complete a tag: </search> itself, or the end of a split one: > >\n\n ></
-        pieces = tok.batch_decode([[i] for i in range(len(tok))], clean_up_tokenization_spaces=False)
-        self.closers = {i for i, piece in enumerate(pieces) if ">" in piece}
-
-    def encode(self, text):  # split_special_tokens: no document can smuggle in a special token
-        return self.tok.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def decode(self, ids):
-        return self.tok.decode(ids, clean_up_tokenization_spaces=False)
+        self.closers = {i for i in range(len(tok)) if ">" in self.decode([i])}
 
     def reset(self, question):
         """A new Episode, ready for its first action."""
