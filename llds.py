@@ -183,12 +183,10 @@ class Environment:
     def complete(self, e):
         """Does the newest token end the action: a closing tag, EOS, or no room for another token?"""
         action = e.ids[e.start:]
-        if action[-1] in self.closers:  # a token adds a character or more: as many as the tag has suffice
-            tail = self.decode(action[-len("</search>"):])
-            if "</search>" in tail or "</answer>" in tail:
-                return True
         full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        return full or action[-1] == self.tok.eos_token_id
+        # A token adds a character or more: as many tokens as the tag has characters hold it.
+        tail = self.decode(action[-len("</search>"):]) if action[-1] in self.closers else ""
+        return full or action[-1] == self.tok.eos_token_id or "</search>" in tail or "</answer>" in tail
 
     def respond(self, episodes):
         """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
