@@ -190,17 +190,15 @@ class Environment:
 
     def respond(self, episodes):
         """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
-        going_on = []
-        for e in episodes:
-            text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
-            answer, query = extract_answer(text), between("search", text)
+        texts = [self.decode(e.ids[e.start:]) for e in episodes]
+        for e, text in zip(episodes, texts):
+            answer = extract_answer(text)
+            e.done = answer is not None or e.turn > self.cfg.max_turns
             if answer is not None:  # its tokens: the fewest at the end that hold the opening tag
                 e.answer_start = next(t for t in range(len(e.ids))[::-1]
                                       if "<answer>" in self.decode(e.ids[t:]))
                 e.reward = exact_match(answer, e.question["golden_answers"])
-            e.done = answer is not None or last
-            if not e.done:
-                going_on.append((e, query))
+        going_on = [(e, between("search", text)) for e, text in zip(episodes, texts) if not e.done]
         queries = [query for _, query in going_on if query is not None]
         found = iter(self.retriever.search(queries, self.cfg.top_k))
         head, tail, limit = self.encode(OPEN), self.encode(CLOSE), self.cfg.max_feedback_tokens
