@@ -154,8 +154,6 @@ def between(tag, text):
     _, opened, inside = head.rpartition(f"<{tag}>")
     return inside.strip() if opened and closed else None
 
-extract_answer = partial(between, "answer")  # text of an action -> str | None
-
 class Environment:
     """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback."""
 
@@ -192,7 +190,7 @@ class Environment:
         """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
         texts = [self.decode(e.ids[e.start:]) for e in episodes]
         for e, text in zip(episodes, texts):
-            answer = extract_answer(text)
+            answer = between("answer", text)
             e.done = answer is not None or e.turn > self.cfg.max_turns
             if answer is not None:  # its tokens: the fewest at the end that hold the opening tag
                 e.answer_start = next(t for t in range(len(e.ids))[::-1]

@@ -563,7 +563,7 @@ def test_answers_by_example():
                          "Paris </answer>": None, "</answer><answer> Paris </answer>": None, "": None,
                          "<answer> a <answer> b </answer> c </answer>": "b", "<answer>a\nb</answer>": "a\nb",
                          "<answer>a</answer><answer>b</answer>": "a", "<Answer>a</Answer>": None}.items():
-        assert llds.extract_answer(text) == answer, text
+        assert llds.between("answer", text) == answer, text
     assert llds.between("search", "<think> <search> a </think> <search> b </search>") == "b"
 
 
@@ -647,7 +647,7 @@ def replay(env, episodes, group=1, rows=99):
 
 
 def spoken(env, e):
-    return llds.extract_answer(env.decode(e.ids[e.start:]))
+    return llds.between("answer", env.decode(e.ids[e.start:]))
 
 
 SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
