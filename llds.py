@@ -328,9 +328,8 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     ratio = log_ratio.exp()
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    with torch.no_grad():  # beyond: where min() picked the clipped branch, a constant without gradient
-        beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
-    return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
+    clipped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0) & mask
+    return loss, {"clipped": clipped.sum(), "ratio_max": (ratio * mask).detach().max()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the reference by the low-variance k3: exp(r) - r - 1 with r = ref_logp - logp, token mean.
@@ -358,15 +357,14 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
     preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
     delta = old_logp.detach().masked_fill(~preserved, 0) - logp.masked_fill(~preserved, 0)  # > 0: it fell
-    with torch.no_grad():  # the gate is a constant, 0 or 1
-        unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
-                "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
-        per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
-        fell = per_unit.scatter_add(1, unit, delta.float()) > 0                         # (N, units + 1)
-        exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
-        weight = (fell.gather(1, unit) & preserved).float()                             # (N, T)
-        if answer_mask is not None:
-            weight = torch.where(answer_mask.bool(), weight * answer_weight, weight)
+    unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
+            "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
+    per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
+    fell = per_unit.scatter_add(1, unit, delta.detach().float()) > 0                    # (N, units + 1)
+    exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
+    weight = (fell.gather(1, unit) & preserved).float()             # (N, T): the gate, a constant, 0 or 1
+    if answer_mask is not None:
+        weight = torch.where(answer_mask.bool(), weight * answer_weight, weight)
     penalty = torch.relu(delta) * weight  # relu: at a tie maximum() and clamp() let gradient through
     loss = penalty.sum() / max(1, preserved.sum() if denom is None else denom)
     return loss, {"preserved_tokens": preserved.sum(), "penalized_tokens": (penalty > 0).sum(),
