@@ -373,11 +373,9 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
 # --------------------------------------------------------------------------------- ... copy to here
 def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     """Log-probability of each action token under the tempered distribution that sampled it, and its entropy.
-
     ids, action_id: (N, T). Right padding needs no attention mask: causal attention never looks right. Returns
     (logp, entropy): (N, T) float32, in nats, 0 outside actions. Only the hidden states that predict an action
-    token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist.
-    """
+    token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist."""
     is_action = action_id > 0
     is_action[:, 0] = False  # nothing predicts column 0
     width = int((is_action.any(dim=0) * torch.arange(ids.shape[1], device=ids.device)).max())  # the last one
@@ -386,8 +384,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     def head(hidden, target):
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).detach().sum(dim=-1)
-    pairs = zip(hidden.split(chunk), target.split(chunk))
-    parts = [checkpoint(head, *pair, use_reentrant=False) for pair in pairs]
+    parts = map(partial(checkpoint, head, use_reentrant=False), hidden.split(chunk), target.split(chunk))
     zeros = torch.zeros(ids.shape, device=ids.device)
     return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts))
 
