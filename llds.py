@@ -341,7 +341,6 @@ def kl_penalty(logp, ref_logp, mask, denom=None):
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
                  denom=None):
     """How far the likelihood of good responses has fallen since the rollout (v1 LLDS; v2 eq. 4, 5, 9, 10).
-
     logp, old_logp: (N, T), the new policy and the one that made the rollouts. advantages: (N,); A >= 0 is
         preserved. action_id: (N, T), k on tokens of the k-th action, 0 on prompt, feedback and padding.
     gate: whose summed likelihood must have fallen before its tokens count: the "token" (v2 eq. 9), the
@@ -349,8 +348,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty (LLDS-MA:
         0 in v1, any weight in v2 eq. 5). The gate still sees them.
     denom replaces the count of preserved action tokens, gated or not, so that micro-batches add up.
-    Returns (loss, info), counts that add up too. ValueError: unknown gate, unusable answer_weight.
-    """
+    Returns (loss, info), counts that add up too. ValueError: unknown gate, unusable answer_weight."""
     if gate not in ("token", "response", "action"):
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1 or answer_weight != 1 and answer_mask is None:
