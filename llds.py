@@ -653,8 +653,7 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
-    flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False, "output_dir": ""}
-    model.config.llds = flags  # part of config.json from the start
+    flags = model.config.llds = asdict(replace(cfg, llds_lambda=[llds_lambda], resume=False, output_dir=""))
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
         state = torch.load(f"{folder}/training.pt", weights_only=True)
         changed = ", ".join(f"--{name}" for name in flags if flags[name] != state["flags"].get(name))
@@ -663,8 +662,7 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         history = state["history"]
-    else:
-        model.config.save_pretrained(out)
+    model.config.save_pretrained(out)  # with the flags, from the start
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
