@@ -667,38 +667,36 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
     save = partial(save_checkpoint, out, model, env.tok, optimizer, scheduler, history, cfg.save_total_limit)
-    with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
-        log.writelines(json.dumps(row) + "\n" for row in history)
-        for step in range(len(history) + 1, cfg.steps + 1):
-            begin = time.perf_counter()
-            torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
-            asked = order[(step - 1) * n:step * n]
-            try:
-                episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
-            except OSError:  # the retrieval server is gone
-                save()
-                raise
-            sampled = time.perf_counter() - begin
-            for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
-                e.reward *= drawn >= cfg.reward_noise
-            metrics, tensors = train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg)
-            if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
-                check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
-            metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
-                       "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
-            if step % cfg.eval_steps == 0 or step == cfg.steps:
-                metrics.update(evaluate(model, env, held_out, cfg))
-            history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
-            log.write(json.dumps(history[-1]) + "\n")
-            shown = [name for name in STEP_LINE if metrics.get(name) is not None]
-            print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown), flush=True)
-            if step % cfg.sample_every == 0:
-                show(env, episodes[0])
-                if cfg.tokens:
-                    show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
-            if step % cfg.save_steps == 0 or step == cfg.steps or stop:
-                save()
-                check(not stop, f"stopped after step {step}; --resume goes on from there")
+    for step in range(len(history) + 1, cfg.steps + 1):
+        begin = time.perf_counter()
+        torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
+        asked = order[(step - 1) * n:step * n]
+        try:
+            episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+        except OSError:  # the retrieval server is gone
+            save()
+            raise
+        sampled = time.perf_counter() - begin
+        for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
+            e.reward *= drawn >= cfg.reward_noise
+        metrics, tensors = train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg)
+        if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
+            check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
+        metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
+                   "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
+        if step % cfg.eval_steps == 0 or step == cfg.steps:
+            metrics.update(evaluate(model, env, held_out, cfg))
+        history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        shown = [name for name in STEP_LINE if metrics.get(name) is not None]
+        print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown), flush=True)
+        if step % cfg.sample_every == 0:
+            show(env, episodes[0])
+            if cfg.tokens:
+                show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
+        if step % cfg.save_steps == 0 or step == cfg.steps or stop:
+            save()
+            check(not stop, f"stopped after step {step}; --resume goes on from there")
     model.save_pretrained(out)
     env.tok.save_pretrained(out)
     return history
