@@ -237,15 +237,15 @@ class SlotCache(Cache):
             buffer[targets, :, :cells] = buffer[source, :, :cells]
 
 @torch.no_grad()
-def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
-    """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
+def rollout(model, env, questions, group_size=1, temperature=1.0):
+    """Plays group_size episodes of each question, at most --rollout_batch at a time; temperature 0 is greedy.
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
     samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
     Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
     cfg, groups = env.cfg, [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
-    cache = SlotCache(min(max(max_rows, group_size), len(groups) * group_size), cells)
+    cache = SlotCache(min(max(cfg.rollout_batch, group_size), len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
     bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
 
@@ -529,10 +529,10 @@ CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_nor
 BENCHMARKS = {"general": "nq triviaqa popqa", "multi_hop": "hotpotqa 2wikimultihopqa musique bamboogle"}
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
-def evaluate(model, env, questions, cfg):
+def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches a question: of all, by hops and, if several, by set."""
     scores = defaultdict(list)
-    for e in rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch):
+    for e in rollout(model, env, questions, temperature=0.0):
         hops, name = e.question.get("hops"), e.question.get("set")
         for part in ["", *[f"_{hops}hop"] * bool(hops), *[f"_{name}"] * bool(name)]:
             scores["em" + part].append(e.reward)
@@ -670,9 +670,8 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
     for step in range(len(history) + 1, cfg.steps + 1):
         begin = time.perf_counter()
         torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
-        asked = order[(step - 1) * n:step * n]
         try:
-            episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+            episodes = rollout(model, env, order[(step - 1) * n:step * n], cfg.group_size, cfg.temperature)
         except OSError:  # the retrieval server is gone
             save()
             raise
@@ -685,7 +684,7 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
         metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
                    "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
         if step % cfg.eval_steps == 0 or step == cfg.steps:
-            metrics.update(evaluate(model, env, held_out, cfg))
+            metrics.update(evaluate(model, env, held_out))
         history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
         (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
         shown = [name for name in STEP_LINE if metrics.get(name) is not None]
@@ -705,7 +704,7 @@ def probe(model, env, questions, cfg):
     """v2 eq. 3: what GRPO on one question alone does to the likelihood of its right responses, always from
     the same weights: one update, where LLDS is silent; then --passes updates, without and with LLDS."""
     asked = random.sample(questions, min(cfg.probe, len(questions)))
-    episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+    episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature)
     start = snapshot(model)
     groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
     groups = [group for group in groups if len({e.reward for e in group}) == 2]
@@ -745,7 +744,7 @@ def run(cfg):
     warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
-    before = evaluate(model, env, held_out, cfg)
+    before = evaluate(model, env, held_out)
     if cfg.eval:
         settings = {name: vars(cfg)[name] for name in ("corpus", "retriever_url", "top_k", "max_turns")}
         settings |= {"decoding": "greedy", "questions": Counter(q.get("set", "all") for q in held_out)}
