@@ -238,10 +238,9 @@ class SlotCache(Cache):
 
 @torch.no_grad()
 def rollout(model, env, questions, group_size=1, temperature=1.0):
-    """Plays group_size episodes of each question, at most --rollout_batch at a time; temperature 0 is greedy.
+    """Plays and returns group_size Episodes of each question, groups in that order; temperature 0 is greedy.
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
-    samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
-    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
+    samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go."""
     cfg, groups = env.cfg, [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
@@ -428,8 +427,7 @@ def snapshot(model):
     return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
 
 def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
-    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp)).
-    start: a snapshot, the reference of the KL term, for which the model takes these weights for a moment."""
+    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
     ids, action_id, answer_mask = pad(episodes)                                         # (N, T) each
     is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=DEVICE)
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
@@ -448,7 +446,7 @@ def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
     ref_logp = old_logp
     if cfg.beta > 0:
         now = snapshot(model)
-        model.load_state_dict(start)
+        model.load_state_dict(start)  # the reference of the KL term, for a moment
         ref_logp = all_logps()[0]
         model.load_state_dict(now)
     total, grad_norms = defaultdict(float), []  # a norm for each update
