@@ -323,8 +323,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
     Returns (loss, info): info counts the tokens whose gradient the clip stopped; it has the largest ratio."""
     mask, advantages = mask.bool(), advantages[:, None]                                 # (N, T), (N, 1)
-    log_ratio = logp.masked_fill(~mask, 0) - old_logp.detach().masked_fill(~mask, 0)  # before exp: no inf * 0
-    ratio = log_ratio.exp()
+    ratio = (logp - old_logp.detach()).masked_fill(~mask, 0).exp()  # masked before exp: no inf * 0
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
     clipped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0) & mask
@@ -333,8 +332,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the reference by the low-variance k3: exp(r) - r - 1 with r = ref_logp - logp, token mean.
     logp, ref_logp, mask: (N, T). denom replaces mask.sum(). Returns the loss."""
-    mask = mask.bool()
-    r = ref_logp.detach().masked_fill(~mask, 0) - logp.masked_fill(~mask, 0)            # (N, T)
+    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0)                         # (N, T)
     return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
 
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
@@ -353,7 +351,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     if not 0 <= answer_weight <= 1 or answer_weight != 1 and answer_mask is None:
         raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
     preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
-    delta = old_logp.detach().masked_fill(~preserved, 0) - logp.masked_fill(~preserved, 0)  # > 0: it fell
+    delta = (old_logp.detach() - logp).masked_fill(~preserved, 0)                       # > 0: it fell
     unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
             "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
     per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
