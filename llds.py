@@ -633,8 +633,7 @@ def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tok.save_pretrained(unfinished)
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                "history": history, "flags": model.config.llds}, unfinished / "training.pt")
+    torch.save((optimizer.state_dict(), scheduler.state_dict(), history), unfinished / "training.pt")
     if not complete.exists():
         unfinished.rename(complete)
     rotate_checkpoints(out, limit)
@@ -651,13 +650,13 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     flags = model.config.llds = asdict(replace(cfg, llds_lambda=[llds_lambda], resume=False, output_dir=""))
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
-        state = torch.load(f"{folder}/training.pt", weights_only=True)
-        changed = ", ".join(f"--{name}" for name in flags if flags[name] != state["flags"].get(name))
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        changed = ", ".join(f"--{name}" for name in flags if flags[name] != saved.config.llds.get(name))
         check(not changed, f"--resume: {out} was made with other {changed}")
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        history = state["history"]
+        optimizer_state, scheduler_state, history = torch.load(f"{folder}/training.pt", weights_only=True)
+        model.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(optimizer_state)
+        scheduler.load_state_dict(scheduler_state)
     model.config.save_pretrained(out)  # with the flags, from the start
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
