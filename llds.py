@@ -9,8 +9,7 @@ responses share then loses likelihood although nothing asked for it: lazy likeli
 grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far the likelihood of good
 responses has fallen since the rollout), and nothing where it has not. arXiv 2512.04220; v1, v2: its versions.
 
-In the order of the data: settings, episode, rollout, reward, losses, update, models, reports. N rollouts,
-T tokens (right-padded), M action tokens, D hidden units, V words; column t of (N, T) belongs to ids[:, t].
+N rollouts, T tokens (right-padded), M action tokens, D hidden units, V words; column t belongs to ids[:, t].
 """
 import json, math, random, re, shutil, signal, string, sys, time
 from collections import Counter, defaultdict
