@@ -30,17 +30,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgument
                           PreTrainedTokenizerFast, get_scheduler, set_seed)
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, HTTPRetriever, information, lessons, load_corpus,
-                       tiny_agent)
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, HTTPRetriever, information, lessons,
+                       load_corpus, tiny_agent)
 
 # ------------------------------------------------------------------------------------------- settings
-PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
-If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
-and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
-few words as possible </answer>.
-Question: {question}
-"""
-
 def flag(default, why):
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
 
