@@ -539,15 +539,13 @@ def show(env, e):
 
 def show_tokens(env, e, advantages, old_logp, new_logp, answer_weight):
     """Prints the first episode of a step: what each token is, and its penalty after the updates."""
-    ids, action_id, answer_mask = pad([e])                                              # (1, T)
-    old_logp, new_logp = (x[:1, :len(e.ids)] for x in (old_logp, new_logp))
-    llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantages[:1], action_id, env.cfg.llds_gate,
-                           answer_mask, answer_weight, denom=1)
+    (ids, action, answer), advantage = pad([e]), advantages[:1]                         # (1, T) each, (1,)
+    old, new = old_logp[:1, :len(e.ids)], new_logp[:1, :len(e.ids)].requires_grad_()
+    llds, _ = llds_penalty(new, old, advantage, action, env.cfg.llds_gate, answer, answer_weight, denom=1)
     llds.backward()  # where a token fell, the gradient is -gate * answer_weight
-    columns = dict(id=ids, action=action_id, answer=answer_mask, advantage=advantages[:1] * (action_id > 0),
-                   old_logp=old_logp, new_logp=new_logp.detach(), gate=new_logp.grad.abs())
+    columns = dict(id=ids, action=action, answer=answer, advantage=advantage * (action > 0), old_logp=old,
+                   new_logp=new, gate=new.grad.abs(), penalty=(old - new).relu() * new.grad.abs())
     table = pandas.DataFrame({name: column[0].tolist() for name, column in columns.items()})
-    table["penalty"] = (table.old_logp - table.new_logp).clip(lower=0) * table.gate
     table["text"] = [repr(env.decode([i])) for i in e.ids]
     print(table.to_string(index=False, float_format="%.4f"))
 
