@@ -212,15 +212,14 @@ class SlotCache(Cache):
 
     def __init__(self, rows, cells):
         super().__init__(layers=[])
-        self.shape, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
+        self.size, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
 
     def update(self, keys, values, layer, *args, **kwargs):
-        keys = keys.to(values.dtype)  # float32 even where products are bfloat16: the rotation makes them so
+        new = keys.to(values.dtype), values  # the rotation makes keys float32, where products are bfloat16 too
         if layer not in self.store:  # zeros, not empty: 0 * NaN would be NaN
-            self.store[layer] = [x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
-                                 for x in (keys, values)]
-        for buffer, new in zip(self.store[layer], (keys, values)):
-            buffer[self.rows[:, None], :, self.position] = new.transpose(1, 2)
+            self.store[layer] = [x.new_zeros(self.size[0], x.shape[1], self.size[1], x.shape[3]) for x in new]
+        for buffer, x in zip(self.store[layer], new):
+            buffer[self.rows[:, None], :, self.position] = x.transpose(1, 2)
         rows = slice(len(self.rows)) if self.all_live else self.rows  # a slice is a view, an index would copy
         return [buffer[rows, :, :self.used] for buffer in self.store[layer]]
 
@@ -257,7 +256,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
 
     while todo or live:
         old = len(live)
-        while todo and len(live) + group_size <= cache.shape[0]:
+        while todo and len(live) + group_size <= cache.size[0]:
             live += todo.pop()
         if len(live) > old:  # a group's prompt enters once and is copied to its other rows
             active = range(old, len(live))
