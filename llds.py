@@ -11,7 +11,7 @@ responses has fallen since the rollout), and nothing where it has not. arXiv 251
 
 N rollouts, T tokens (right-padded), M action tokens, D hidden units, V words; column t belongs to ids[:, t].
 """
-import json, math, random, re, shutil, signal, string, sys, time
+import json, math, random, re, signal, string, sys, time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -619,7 +619,6 @@ def load_questions(sources, part):
 def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs. It gets its name when complete: a kill leaves the checkpoint before."""
     unfinished, complete = out / "unfinished", out / f"checkpoint-{len(history)}"
-    shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tok.save_pretrained(unfinished)
     torch.save((optimizer.state_dict(), scheduler.state_dict(), history), unfinished / "training.pt")
