@@ -9,10 +9,9 @@ responses share then loses likelihood although nothing asked for it: lazy likeli
 grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far the likelihood of good
 responses has fallen since the rollout), and nothing where it has not. arXiv 2512.04220; v1, v2: its versions.
 
-In the order of the data: settings, episode, rollout, reward, losses, update, models, reports. N rollouts,
-T tokens (right-padded), M action tokens, D hidden units, V words; column t of (N, T) belongs to ids[:, t].
+N rollouts, T tokens (right-padded), M action tokens, D hidden units, V words; column t belongs to ids[:, t].
 """
-import json, math, random, re, shutil, signal, string, sys, time
+import json, math, random, re, signal, string, sys, time
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -31,17 +30,10 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgument
                           PreTrainedTokenizerFast, get_scheduler, set_seed)
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, HTTPRetriever, information, lessons, load_corpus,
-                       tiny_agent)
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, HTTPRetriever, information, lessons,
+                       load_corpus, tiny_agent)
 
 # ------------------------------------------------------------------------------------------- settings
-PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
-If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
-and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
-few words as possible </answer>.
-Question: {question}
-"""
-
 def flag(default, why):
     return field(**{"default_factory" if callable(default) else "default": default}, metadata={"help": why})
 
@@ -154,8 +146,6 @@ def between(tag, text):
     _, opened, inside = head.rpartition(f"<{tag}>")
     return inside.strip() if opened and closed else None
 
-extract_answer = partial(between, "answer")  # text of an action -> str | None
-
 class Environment:
     """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback."""
 
@@ -163,15 +153,11 @@ class Environment:
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
         self.template = cfg.chat_template != "off" and tok.chat_template is not None
         check(self.template or cfg.chat_template != "on", "--chat_template on: the tokenizer has none")
+        self.decode = partial(tok.decode, clean_up_tokenization_spaces=False)
+        # split_special_tokens: no document can smuggle in a special token
+        self.encode = partial(tok.encode, add_special_tokens=False, split_special_tokens=True)
         # Only a token with ">" can complete a tag: </search> itself, or the end of a split one: > >\n\n ></
-        pieces = tok.batch_decode([[i] for i in range(len(tok))], clean_up_tokenization_spaces=False)
-        self.closers = {i for i, piece in enumerate(pieces) if ">" in piece}
-
-    def encode(self, text):  # split_special_tokens: no document can smuggle in a special token
-        return self.tok.encode(text, add_special_tokens=False, split_special_tokens=True)
-
-    def decode(self, ids):
-        return self.tok.decode(ids, clean_up_tokenization_spaces=False)
+        self.closers = {i for i in range(len(tok)) if ">" in self.decode([i])}
 
     def reset(self, question):
         """A new Episode, ready for its first action."""
@@ -187,26 +173,22 @@ class Environment:
     def complete(self, e):
         """Does the newest token end the action: a closing tag, EOS, or no room for another token?"""
         action = e.ids[e.start:]
-        if action[-1] in self.closers:  # a token adds a character or more: as many as the tag has suffice
-            tail = self.decode(action[-len("</search>"):])
-            if "</search>" in tail or "</answer>" in tail:
-                return True
         full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        return full or action[-1] == self.tok.eos_token_id
+        # A token adds a character or more: as many tokens as the tag has characters hold it.
+        tail = self.decode(action[-len("</search>"):]) if action[-1] in self.closers else ""
+        return full or action[-1] == self.tok.eos_token_id or "</search>" in tail or "</answer>" in tail
 
     def respond(self, episodes):
         """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
-        going_on = []
-        for e in episodes:
-            text, last = self.decode(e.ids[e.start:]), e.turn > self.cfg.max_turns
-            answer, query = extract_answer(text), between("search", text)
+        texts = [self.decode(e.ids[e.start:]) for e in episodes]
+        for e, text in zip(episodes, texts):
+            answer = between("answer", text)
+            e.done = answer is not None or e.turn > self.cfg.max_turns
             if answer is not None:  # its tokens: the fewest at the end that hold the opening tag
                 e.answer_start = next(t for t in range(len(e.ids))[::-1]
                                       if "<answer>" in self.decode(e.ids[t:]))
                 e.reward = exact_match(answer, e.question["golden_answers"])
-            e.done = answer is not None or last
-            if not e.done:
-                going_on.append((e, query))
+        going_on = [(e, between("search", text)) for e, text in zip(episodes, texts) if not e.done]
         queries = [query for _, query in going_on if query is not None]
         found = iter(self.retriever.search(queries, self.cfg.top_k))
         head, tail, limit = self.encode(OPEN), self.encode(CLOSE), self.cfg.max_feedback_tokens
@@ -230,15 +212,14 @@ class SlotCache(Cache):
 
     def __init__(self, rows, cells):
         super().__init__(layers=[])
-        self.shape, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
+        self.size, self.store = (rows, cells + 1), {}  # the last cell takes padding that would fall outside
 
     def update(self, keys, values, layer, *args, **kwargs):
-        keys = keys.to(values.dtype)  # float32 even where products are bfloat16: the rotation makes them so
+        new = keys.to(values.dtype), values  # the rotation makes keys float32, where products are bfloat16 too
         if layer not in self.store:  # zeros, not empty: 0 * NaN would be NaN
-            self.store[layer] = [x.new_zeros(self.shape[0], x.shape[1], self.shape[1], x.shape[3])
-                                 for x in (keys, values)]
-        for buffer, new in zip(self.store[layer], (keys, values)):
-            buffer[self.rows[:, None], :, self.position] = new.transpose(1, 2)
+            self.store[layer] = [x.new_zeros(self.size[0], x.shape[1], self.size[1], x.shape[3]) for x in new]
+        for buffer, x in zip(self.store[layer], new):
+            buffer[self.rows[:, None], :, self.position] = x.transpose(1, 2)
         rows = slice(len(self.rows)) if self.all_live else self.rows  # a slice is a view, an index would copy
         return [buffer[rows, :, :self.used] for buffer in self.store[layer]]
 
@@ -247,15 +228,14 @@ class SlotCache(Cache):
             buffer[targets, :, :cells] = buffer[source, :, :cells]
 
 @torch.no_grad()
-def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
-    """Plays group_size episodes of each question, at most max_rows at a time; temperature 0 is greedy.
+def rollout(model, env, questions, group_size=1, temperature=1.0):
+    """Plays and returns group_size Episodes of each question, groups in that order; temperature 0 is greedy.
     Every token enters the model once. A step feeds one pending token to each live row; a row with none left
-    samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go.
-    Returns len(questions) * group_size finished Episodes, groups together, in the order of the questions."""
+    samples its next. Feedback is pending too: once a quarter of the rows have some, it is fed in one go."""
     cfg, groups = env.cfg, [[env.reset(question) for _ in range(group_size)] for question in questions]
     longest = max(len(e.ids) for e, *_ in groups) + cfg.max_new_tokens
     cells = min(longest + cfg.max_turns * (cfg.max_new_tokens + cfg.max_feedback_tokens), env.max_length)
-    cache = SlotCache(min(max(max_rows, group_size), len(groups) * group_size), cells)
+    cache = SlotCache(min(max(cfg.rollout_batch, group_size), len(groups) * group_size), cells)
     todo, live = groups[::-1], []  # live[r] sits in row r of the cache
     bar = tqdm(total=len(groups) * group_size, desc="rollout", leave=False, delay=5)
 
@@ -276,7 +256,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
 
     while todo or live:
         old = len(live)
-        while todo and len(live) + group_size <= cache.shape[0]:
+        while todo and len(live) + group_size <= cache.size[0]:
             live += todo.pop()
         if len(live) > old:  # a group's prompt enters once and is copied to its other rows
             active = range(old, len(live))
@@ -287,23 +267,18 @@ def rollout(model, env, questions, group_size=1, temperature=1.0, max_rows=256):
                 live[r].fed = len(live[r].ids)
         else:
             waiting = [r for r, e in enumerate(live) if e.fed + 1 < len(e.ids)]
-            in_one_go = 4 * len(waiting) >= len(live)
-            active = waiting if in_one_go else range(len(live))
-            logits = feed(active, cells if in_one_go else 1)
-        tokens = logits.argmax(dim=-1) if temperature == 0 else torch.multinomial(
-            torch.softmax(logits / temperature, dim=-1), 1)[:, 0]
-        completed = []
-        for e, token in zip([live[r] for r in active], tokens.tolist()):
-            if e.fed == len(e.ids):  # else it still has feedback to read
-                e.ids.append(token)
-                e.action_id.append(e.turn)
-                if env.complete(e):
-                    completed.append(e)
-        env.respond(completed)
+            active, most = (waiting, cells) if 4 * len(waiting) >= len(live) else (range(len(live)), 1)
+            logits = feed(active, most)
+        tokens = (logits / temperature).softmax(1).multinomial(1)[:, 0] if temperature else logits.argmax(1)
+        drawn = zip([live[r] for r in active], tokens.tolist())
+        drawn = [(e, token) for e, token in drawn if e.fed == len(e.ids)]  # others have feedback left to read
+        for e, token in drawn:
+            e.ids.append(token)
+            e.action_id.append(e.turn)
+        env.respond([e for e, _ in drawn if env.complete(e)])
         for r in reversed([r for r, e in enumerate(live) if e.done]):  # the last row moves into the freed one
-            if r < len(live) - 1:
-                cache.copy(len(live) - 1, r, live[-1].fed)
-                live[r] = live[-1]
+            cache.copy(len(live) - 1, r, live[-1].fed)
+            live[r] = live[-1]
             live.pop()
             bar.update()
     bar.close()
@@ -339,25 +314,21 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
     Returns (loss, info): info counts the tokens whose gradient the clip stopped; it has the largest ratio."""
     mask, advantages = mask.bool(), advantages[:, None]                                 # (N, T), (N, 1)
-    log_ratio = logp.masked_fill(~mask, 0) - old_logp.detach().masked_fill(~mask, 0)  # before exp: no inf * 0
-    ratio = log_ratio.exp()
+    ratio = (logp - old_logp.detach()).masked_fill(~mask, 0).exp()  # masked before exp: no inf * 0
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    with torch.no_grad():  # beyond: where min() picked the clipped branch, a constant without gradient
-        beyond = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0)
-    return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
+    clipped = torch.where(advantages > 0, ratio > 1 + clip, ratio < 1 - clip) & (advantages != 0) & mask
+    return loss, {"clipped": clipped.sum(), "ratio_max": (ratio * mask).detach().max()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the reference by the low-variance k3: exp(r) - r - 1 with r = ref_logp - logp, token mean.
     logp, ref_logp, mask: (N, T). denom replaces mask.sum(). Returns the loss."""
-    mask = mask.bool()
-    r = ref_logp.detach().masked_fill(~mask, 0) - logp.masked_fill(~mask, 0)            # (N, T)
+    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0)                         # (N, T)
     return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
 
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
                  denom=None):
     """How far the likelihood of good responses has fallen since the rollout (v1 LLDS; v2 eq. 4, 5, 9, 10).
-
     logp, old_logp: (N, T), the new policy and the one that made the rollouts. advantages: (N,); A >= 0 is
         preserved. action_id: (N, T), k on tokens of the k-th action, 0 on prompt, feedback and padding.
     gate: whose summed likelihood must have fallen before its tokens count: the "token" (v2 eq. 9), the
@@ -365,23 +336,21 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty (LLDS-MA:
         0 in v1, any weight in v2 eq. 5). The gate still sees them.
     denom replaces the count of preserved action tokens, gated or not, so that micro-batches add up.
-    Returns (loss, info), counts that add up too. ValueError: unknown gate, unusable answer_weight.
-    """
+    Returns (loss, info), counts that add up too. ValueError: unknown gate, unusable answer_weight."""
     if gate not in ("token", "response", "action"):
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1 or answer_weight != 1 and answer_mask is None:
         raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
     preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
-    delta = old_logp.detach().masked_fill(~preserved, 0) - logp.masked_fill(~preserved, 0)  # > 0: it fell
-    with torch.no_grad():  # the gate is a constant, 0 or 1
-        unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
-                "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
-        per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
-        fell = per_unit.scatter_add(1, unit, delta.float()) > 0                         # (N, units + 1)
-        exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
-        weight = (fell.gather(1, unit) & preserved).float()                             # (N, T)
-        if answer_mask is not None:
-            weight = torch.where(answer_mask.bool(), weight * answer_weight, weight)
+    delta = (old_logp.detach() - logp).masked_fill(~preserved, 0)                       # > 0: it fell
+    unit = {"token": torch.arange(1, logp.shape[1] + 1, device=logp.device).expand_as(action_id),
+            "response": torch.ones_like(action_id), "action": action_id}[gate] * preserved
+    per_unit = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)  # unit 0: not preserved
+    fell = per_unit.scatter_add(1, unit, delta.detach().float()) > 0                    # (N, units + 1)
+    exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
+    weight = (fell.gather(1, unit) & preserved).float()             # (N, T): the gate, a constant, 0 or 1
+    if answer_mask is not None:
+        weight = torch.where(answer_mask.bool(), weight * answer_weight, weight)
     penalty = torch.relu(delta) * weight  # relu: at a tie maximum() and clamp() let gradient through
     loss = penalty.sum() / max(1, preserved.sum() if denom is None else denom)
     return loss, {"preserved_tokens": preserved.sum(), "penalized_tokens": (penalty > 0).sum(),
@@ -390,11 +359,9 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
 # --------------------------------------------------------------------------------- ... copy to here
 def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     """Log-probability of each action token under the tempered distribution that sampled it, and its entropy.
-
     ids, action_id: (N, T). Right padding needs no attention mask: causal attention never looks right. Returns
     (logp, entropy): (N, T) float32, in nats, 0 outside actions. Only the hidden states that predict an action
-    token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist.
-    """
+    token meet the LM head, `chunk` at a time and again for the gradient: (N, T, V) logits never exist."""
     is_action = action_id > 0
     is_action[:, 0] = False  # nothing predicts column 0
     width = int((is_action.any(dim=0) * torch.arange(ids.shape[1], device=ids.device)).max())  # the last one
@@ -403,8 +370,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     def head(hidden, target):
         logp = (model.get_output_embeddings()(hidden).float() / temperature).log_softmax(dim=-1)  # (chunk, V)
         return logp.gather(1, target[:, None])[:, 0], -(logp.exp() * logp).detach().sum(dim=-1)
-    pairs = zip(hidden.split(chunk), target.split(chunk))
-    parts = [checkpoint(head, *pair, use_reentrant=False) for pair in pairs]
+    parts = map(partial(checkpoint, head, use_reentrant=False), hidden.split(chunk), target.split(chunk))
     zeros = torch.zeros(ids.shape, device=ids.device)
     return tuple(zeros.masked_scatter(is_action, torch.cat(part)) for part in zip(*parts))
 
@@ -450,8 +416,7 @@ def snapshot(model):
     return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
 
 def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
-    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp)).
-    start: a snapshot, the reference of the KL term, for which the model takes these weights for a moment."""
+    """The updates that follow a round of rollouts. Returns (metrics, (advantages, old_logp, new_logp))."""
     ids, action_id, answer_mask = pad(episodes)                                         # (N, T) each
     is_action, rewards = action_id > 0, torch.tensor([e.reward for e in episodes], device=DEVICE)
     advantages = group_advantages(rewards, cfg.group_size)                              # (N,)
@@ -470,7 +435,7 @@ def train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg):
     ref_logp = old_logp
     if cfg.beta > 0:
         now = snapshot(model)
-        model.load_state_dict(start)
+        model.load_state_dict(start)  # the reference of the KL term, for a moment
         ref_logp = all_logps()[0]
         model.load_state_dict(now)
     total, grad_norms = defaultdict(float), []  # a norm for each update
@@ -551,10 +516,10 @@ CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_nor
 BENCHMARKS = {"general": "nq triviaqa popqa", "multi_hop": "hotpotqa 2wikimultihopqa musique bamboogle"}
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
-def evaluate(model, env, questions, cfg):
+def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches a question: of all, by hops and, if several, by set."""
     scores = defaultdict(list)
-    for e in rollout(model, env, questions, temperature=0.0, max_rows=cfg.rollout_batch):
+    for e in rollout(model, env, questions, temperature=0.0):
         hops, name = e.question.get("hops"), e.question.get("set")
         for part in ["", *[f"_{hops}hop"] * bool(hops), *[f"_{name}"] * bool(name)]:
             scores["em" + part].append(e.reward)
@@ -573,15 +538,13 @@ def show(env, e):
 
 def show_tokens(env, e, advantages, old_logp, new_logp, answer_weight):
     """Prints the first episode of a step: what each token is, and its penalty after the updates."""
-    ids, action_id, answer_mask = pad([e])                                              # (1, T)
-    old_logp, new_logp = (x[:1, :len(e.ids)] for x in (old_logp, new_logp))
-    llds, _ = llds_penalty(new_logp.requires_grad_(), old_logp, advantages[:1], action_id, env.cfg.llds_gate,
-                           answer_mask, answer_weight, denom=1)
+    (ids, action, answer), advantage = pad([e]), advantages[:1]                         # (1, T) each, (1,)
+    old, new = old_logp[:1, :len(e.ids)], new_logp[:1, :len(e.ids)].requires_grad_()
+    llds, _ = llds_penalty(new, old, advantage, action, env.cfg.llds_gate, answer, answer_weight, denom=1)
     llds.backward()  # where a token fell, the gradient is -gate * answer_weight
-    columns = dict(id=ids, action=action_id, answer=answer_mask, advantage=advantages[:1] * (action_id > 0),
-                   old_logp=old_logp, new_logp=new_logp.detach(), gate=new_logp.grad.abs())
+    columns = dict(id=ids, action=action, answer=answer, advantage=advantage * (action > 0), old_logp=old,
+                   new_logp=new, gate=new.grad.abs(), penalty=(old - new).relu() * new.grad.abs())
     table = pandas.DataFrame({name: column[0].tolist() for name, column in columns.items()})
-    table["penalty"] = (table.old_logp - table.new_logp).clip(lower=0) * table.gate
     table["text"] = [repr(env.decode([i])) for i in e.ids]
     print(table.to_string(index=False, float_format="%.4f"))
 
@@ -656,11 +619,9 @@ def load_questions(sources, part):
 def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs. It gets its name when complete: a kill leaves the checkpoint before."""
     unfinished, complete = out / "unfinished", out / f"checkpoint-{len(history)}"
-    shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(unfinished)
     tok.save_pretrained(unfinished)
-    torch.save({"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                "history": history, "flags": model.config.llds}, unfinished / "training.pt")
+    torch.save((optimizer.state_dict(), scheduler.state_dict(), history), unfinished / "training.pt")
     if not complete.exists():
         unfinished.rename(complete)
     rotate_checkpoints(out, limit)
@@ -675,54 +636,49 @@ def train(model, start, env, questions, held_out, llds_lambda, out, cfg):
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
-    flags = {**asdict(cfg), "llds_lambda": [llds_lambda], "resume": False, "output_dir": ""}
-    model.config.llds = flags  # part of config.json from the start
+    flags = model.config.llds = asdict(replace(cfg, llds_lambda=[llds_lambda], resume=False, output_dir=""))
     if folder := get_last_checkpoint(out) if out.exists() else None:  # of the run that --resume goes on with
-        state = torch.load(f"{folder}/training.pt", weights_only=True)
-        changed = ", ".join(f"--{name}" for name in flags if flags[name] != state["flags"].get(name))
+        saved = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+        changed = ", ".join(f"--{name}" for name in flags if flags[name] != saved.config.llds.get(name))
         check(not changed, f"--resume: {out} was made with other {changed}")
-        model.load_state_dict(AutoModelForCausalLM.from_pretrained(folder, dtype="float32").state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        history = state["history"]
-    else:
-        model.config.save_pretrained(out)
+        optimizer_state, scheduler_state, history = torch.load(f"{folder}/training.pt", weights_only=True)
+        model.load_state_dict(saved.state_dict())
+        optimizer.load_state_dict(optimizer_state)
+        scheduler.load_state_dict(scheduler_state)
+    model.config.save_pretrained(out)  # with the flags, from the start
     stop = []  # Ctrl-C and SIGTERM let the step end; the second one ends the program
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda name, _: stop.append(name) or signal.signal(name, signal.SIG_DFL))
     save = partial(save_checkpoint, out, model, env.tok, optimizer, scheduler, history, cfg.save_total_limit)
-    with open(out / "metrics.jsonl", "w", buffering=1) as log:  # line by line
-        log.writelines(json.dumps(row) + "\n" for row in history)
-        for step in range(len(history) + 1, cfg.steps + 1):
-            begin = time.perf_counter()
-            torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
-            asked = order[(step - 1) * n:step * n]
-            try:
-                episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
-            except OSError:  # the retrieval server is gone
-                save()
-                raise
-            sampled = time.perf_counter() - begin
-            for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
-                e.reward *= drawn >= cfg.reward_noise
-            metrics, tensors = train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg)
-            if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
-                check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
-            metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
-                       "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
-            if step % cfg.eval_steps == 0 or step == cfg.steps:
-                metrics.update(evaluate(model, env, held_out, cfg))
-            history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
-            log.write(json.dumps(history[-1]) + "\n")
-            shown = [name for name in STEP_LINE if metrics.get(name) is not None]
-            print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown), flush=True)
-            if step % cfg.sample_every == 0:
-                show(env, episodes[0])
-                if cfg.tokens:
-                    show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
-            if step % cfg.save_steps == 0 or step == cfg.steps or stop:
-                save()
-                check(not stop, f"stopped after step {step}; --resume goes on from there")
+    for step in range(len(history) + 1, cfg.steps + 1):
+        begin = time.perf_counter()
+        torch.manual_seed(hash((cfg.seed, step)))  # a resumed run draws the same numbers
+        try:
+            episodes = rollout(model, env, order[(step - 1) * n:step * n], cfg.group_size, cfg.temperature)
+        except OSError:  # the retrieval server is gone
+            save()
+            raise
+        sampled = time.perf_counter() - begin
+        for e, drawn in zip(episodes, torch.rand(len(episodes)).tolist()):
+            e.reward *= drawn >= cfg.reward_noise
+        metrics, tensors = train_step(model, start, optimizer, scheduler, episodes, llds_lambda, cfg)
+        if metrics["skipped_updates"] == cfg.passes * cfg.mini_batches:
+            check(False, f"step {step}: no finite gradient; last checkpoint: {get_last_checkpoint(out)}")
+        metrics = {"step": step, **metrics, "seconds": time.perf_counter() - begin,
+                   "tokens_per_s": metrics["action_tokens"] * len(episodes) / sampled}
+        if step % cfg.eval_steps == 0 or step == cfg.steps:
+            metrics.update(evaluate(model, env, held_out))
+        history.append({k: v if v is not None and math.isfinite(v) else None for k, v in metrics.items()})
+        (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+        shown = [name for name in STEP_LINE if metrics.get(name) is not None]
+        print(f"step {step:4}", *(f" {name} {metrics[name]:6.3f}" for name in shown), flush=True)
+        if step % cfg.sample_every == 0:
+            show(env, episodes[0])
+            if cfg.tokens:
+                show_tokens(env, episodes[0], *tensors, metrics["answer_weight"])
+        if step % cfg.save_steps == 0 or step == cfg.steps or stop:
+            save()
+            check(not stop, f"stopped after step {step}; --resume goes on from there")
     model.save_pretrained(out)
     env.tok.save_pretrained(out)
     return history
@@ -731,7 +687,7 @@ def probe(model, env, questions, cfg):
     """v2 eq. 3: what GRPO on one question alone does to the likelihood of its right responses, always from
     the same weights: one update, where LLDS is silent; then --passes updates, without and with LLDS."""
     asked = random.sample(questions, min(cfg.probe, len(questions)))
-    episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature, cfg.rollout_batch)
+    episodes = rollout(model, env, asked, cfg.group_size, cfg.temperature)
     start = snapshot(model)
     groups = [episodes[i:i + cfg.group_size] for i in range(0, len(episodes), cfg.group_size)]
     groups = [group for group in groups if len({e.reward for e in group}) == 2]
@@ -771,7 +727,7 @@ def run(cfg):
     warm_start(model, env, passages, everything, cfg)
     if cfg.probe:
         return probe(model, env, questions, cfg)
-    before = evaluate(model, env, held_out, cfg)
+    before = evaluate(model, env, held_out)
     if cfg.eval:
         settings = {name: vars(cfg)[name] for name in ("corpus", "retriever_url", "top_k", "max_turns")}
         settings |= {"decoding": "greedy", "questions": Counter(q.get("set", "all") for q in held_out)}

@@ -19,9 +19,8 @@ def words(text):
     return re.findall(r"\w+", text.lower())
 
 def load_corpus(path):
-    """Passages from jsonl (plain, or gzip if the name ends in .gz), in Search-R1's corpus format: one object
-    a line with at least a string `contents`, which is '"Title"\\ntext', and no `id` twice. Returns a list of
-    dicts, in file order. Raises ValueError that names the file and the line."""
+    """Passages from jsonl (or .jsonl.gz), in Search-R1's corpus format: one object a line, with at least a
+    string `contents`, '"Title"\\ntext', and no `id` twice. ValueError names the file and the line."""
     passages, seen, opener = [], set(), gzip.open if str(path).endswith(".gz") else open
     with opener(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -46,9 +45,8 @@ class BM25:
         idf(t)      = ln(1 + (n - df + 0.5) / (df + 0.5))                           (never negative)
 
     tf: how often t stands in d; df: how many of the n passages hold t; |d|: words of d. A term that the
-    query repeats counts each time. All but the choice of terms is known when the index is built: each term
-    keeps two arrays, its passages and what it adds to their scores; a query adds up those of its own terms.
-    """
+    query repeats counts each time. All but the choice of terms is known when the index is built: a term has
+    two arrays there, its passages and what it adds to their scores; a query adds up those of its terms."""
 
     def __init__(self, passages, k1=1.2, b=0.75):
         self.passages = passages
@@ -65,10 +63,8 @@ class BM25:
             self.index[term] = ids, tf.double() * (k1 + 1) / (tf + norm[ids]) * idf
 
     def search(self, queries, k):
-        """The k best passages for each query, best first, as copies with their `score`; ties in corpus order.
-
-        queries: list of str. Returns lists of dicts, shorter than k where fewer passages share a term.
-        """
+        """The k best passages for each of the queries, best first, as copies with their `score`; ties stand
+        in corpus order. Returns lists of dicts, shorter than k where fewer passages share a term."""
         found = []
         for query in queries:
             scores = torch.zeros(len(self.passages), dtype=torch.float64)
@@ -80,6 +76,12 @@ class BM25:
             found.append([dict(self.passages[d], score=scores[d].item()) for d in best.tolist()])
         return found
 
+PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
+If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
+and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
+few words as possible </answer>.
+Question: {question}
+"""
 CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
               "<answer> answer </answer> to finish.\n\n")
 OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
@@ -134,7 +136,7 @@ SEARCH = "<think> {thought}I look up {name} </think> <search> {query} </search>"
 ANSWER = "<think> {thought}</think> <answer> {name} </answer>"
 
 def tiny_agent(passages, questions, top_k):
-    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows the words of an episode."""
+    """(tokenizer, model), untrained: a Qwen2 of 0.17 million parameters that knows an episode's words."""
     texts = [CORRECTION, OPEN, CLOSE, SEARCH, ANSWER, information([]), information(passages[:top_k]),
              *map(information, zip(passages)), *(q["question"] for q in questions)]
     words, word = Tokenizer(models.WordLevel(unk_token="<unk>")), Regex(TAG.pattern + r"|\w+|[^\w\s]")
@@ -163,12 +165,7 @@ def scrambled(passages, questions):
 
 def demonstrate(env, question, questions, facts):
     """A scripted episode, imperfect on purpose: searches and quotes, mostly stops after one search, errs."""
-    e, path, thought, name = env.reset(question), question["path"], "", ""
-
-    def act(action):
-        ids = env.encode(action)
-        e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
-        env.respond([e])
+    path, thought, name, actions = question["path"], "", "", []
     for hop in range(question["hops"]):
         if hop == 1 and random.random() < 0.6:
             break
@@ -176,10 +173,14 @@ def demonstrate(env, question, questions, facts):
             path = random.choice([q["path"] for q in questions if q["hops"] == question["hops"]])
         asked = question["question"].replace(question["path"][0], path[0])
         query = asked if hop == 0 and random.random() < 0.5 else path[hop]
-        act(SEARCH.format(thought=thought, name=path[hop], query=query))
+        actions.append(SEARCH.format(thought=thought, name=path[hop], query=query))
         thought = facts[frozenset(path[hop:hop + 2])] + " "
         name = path[hop + 1] if random.random() < 0.95 else random.choice(questions)["path"][0]
-    act(ANSWER.format(thought=thought, name=name))
+    e = env.reset(question)
+    for action in [*actions, ANSWER.format(thought=thought, name=name)]:
+        ids = env.encode(action)
+        e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
+        env.respond([e])
     return e
 
 def lessons(env, passages, questions, steps):

@@ -567,7 +567,7 @@ def test_answers_by_example():
                          "Paris </answer>": None, "</answer><answer> Paris </answer>": None, "": None,
                          "<answer> a <answer> b </answer> c </answer>": "b", "<answer>a\nb</answer>": "a\nb",
                          "<answer>a</answer><answer>b</answer>": "a", "<Answer>a</Answer>": None}.items():
-        assert llds.extract_answer(text) == answer, text
+        assert llds.between("answer", text) == answer, text
     assert llds.between("search", "<think> <search> a </think> <search> b </search>") == "b"
 
 
@@ -645,13 +645,14 @@ class Scripted:
 
 def replay(env, episodes, group=1, rows=99):
     """rollout() with the scripted model does what play() did; returns its episodes."""
-    played = llds.rollout(Scripted(episodes), env, [e.question for e in episodes], group, 0.0, rows)
+    env.cfg.rollout_batch = rows
+    played = llds.rollout(Scripted(episodes), env, [e.question for e in episodes], group, 0.0)
     assert [replace(e, fed=0) for e in played] == [e for e in episodes for _ in range(group)]
     return played
 
 
 def spoken(env, e):
-    return llds.extract_answer(env.decode(e.ids[e.start:]))
+    return llds.between("answer", env.decode(e.ids[e.start:]))
 
 
 SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
@@ -822,7 +823,8 @@ def agent(seed, **flags):
 def same(model, env, questions, group=1, rows=99):
     """Greedy rollout() does what the plain model does, one row at a time; returns its episodes."""
     choose = lambda e: int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
-    episodes = llds.rollout(model, env, questions, group, 0.0, rows)
+    env.cfg.rollout_batch = rows
+    episodes = llds.rollout(model, env, questions, group, 0.0)
     played = [play(env, question, choose) for question in questions]
     assert [replace(e, fed=0) for e in episodes] == [e for e in played for _ in range(group)]
     return episodes
@@ -856,7 +858,8 @@ def test_every_token_enters_the_model_once(group, rows):
     (model, env, questions), fed = agent(21), []
     model.base_model.register_forward_pre_hook(lambda module, args: fed.extend(
         1 + max((t for t, i in enumerate(row) if i), default=0) for row in args[0].tolist()))
-    episodes = llds.rollout(model, env, questions, group, 1.0, rows)
+    env.cfg.rollout_batch = rows
+    episodes = llds.rollout(model, env, questions, group, 1.0)
     starts = [env.reset(e.question).start for e in episodes]
     assert sum(len(e.searches) for e in episodes) > 0 and env.tok.eos_token_id == 0
     assert sum(fed) == sum(starts[::group]) + sum(len(e.ids) - 1 - n for n, e in zip(starts, episodes))
@@ -864,15 +867,16 @@ def test_every_token_enters_the_model_once(group, rows):
 
 def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
     """With one row in the cache every call of the sampler is a token of an action, in order."""
-    (model, env, questions), said, multinomial = agent(22), [], torch.multinomial
+    (model, env, questions), said, multinomial = agent(22), [], torch.Tensor.multinomial
 
     def sampler(p, n):
         token = multinomial(p, n)
         said.append(p.gather(1, token).log().item())
         return token
 
-    monkeypatch.setattr(torch, "multinomial", sampler)
-    episodes = llds.rollout(model, env, questions, 1, 1.3, 1)
+    monkeypatch.setattr(torch.Tensor, "multinomial", sampler)
+    env.cfg.rollout_batch = 1
+    episodes = llds.rollout(model, env, questions, 1, 1.3)
     ids, action_id, answer_mask = llds.pad(episodes)
     logp, _ = llds.token_logps(model, ids, action_id, 1.3)
     torch.testing.assert_close(logp[action_id > 0], torch.tensor(said), rtol=1e-4, atol=1e-5)
@@ -1180,7 +1184,7 @@ def test_evaluation_tells_sets_and_hops_apart():
     model, env, questions = agent(36)
     for i, q in enumerate(questions):
         q |= {"set": "ab"[i % 2], "hops": 1 + (i > 3), "golden_answers": q["golden_answers"][i % 3::2]}
-    scores = llds.evaluate(model.float(), env, questions, llds.Config())
+    scores = llds.evaluate(model.float(), env, questions)
     episodes = llds.rollout(model, env, questions, temperature=0.0)
 
     def mean(value, keep):
