@@ -36,7 +36,8 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (GenerationConfig, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast,
+                          Qwen2Config, Qwen2ForCausalLM)
 from transformers.cache_utils import Cache
 from transformers.utils import logging as transformers_logging
 
@@ -1104,6 +1105,7 @@ def test_the_memory_table_is_what_its_formula_says(capsys):
 
 # ----------------------------------------------------------------------------------------- the command line
 
+SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
 PROMISED = """reward logp_correct logp_wrong entropy grad_norm ratio_max clip_frac kl llds llds_gate_frac
     llds_token_frac searches valid_actions action_tokens zero_std_groups tokens_per_s seconds""".split()
 
@@ -1140,16 +1142,16 @@ def test_three_steps_from_the_command_line(tmp_path, monkeypatch, capsys):
     trained = ["--model", str(out), "--corpus", "wiki.jsonl"]               # which has no questions
     llds.main([*trained, "--ask", "What is the capital of France?"])
     assert "What is the capital of France?" in capsys.readouterr().out
-    for source, name in ("test", "nq"), ("train", "popqa"), ("test", "musique"):
-        shutil.copy(f"{source}.jsonl", f"{name}.jsonl")
-    llds.main([*trained, "--eval", "--eval_data", "nq.jsonl,popqa.jsonl::train[:4],musique.jsonl",
-               "--output_dir", "scores"])
+    lines = Path("train.jsonl").read_text().splitlines(keepends=True)
+    for i, name in enumerate(SETS):
+        Path(f"{name}.jsonl").write_text("".join(lines[i::40]))
+    llds.main([*trained, "--eval", "--eval_data", ",".join(f"{name}.jsonl::train[:{i + 1}]" for i, name in
+                                                           enumerate(SETS)), "--output_dir", "scores"])
     said, scores = capsys.readouterr().out, json.loads(Path("scores/eval.json").read_text())
-    assert scores["questions"] == dict(nq=6, popqa=4, musique=6) and os.listdir("scores") == ["eval.json"]
-    assert scores["eval_em_general"] == (scores["eval_em_nq"] + scores["eval_em_popqa"]) / 2
-    assert scores["eval_em_multi_hop"] == scores["eval_em_musique"] == scores["eval_em_nq"]
+    assert scores["questions"] == {name: i + 1 for i, name in enumerate(SETS)}
+    assert all(f"eval_em_{name}" in scores for name in (*SETS, "general", "multi_hop", "average"))
     assert (scores["corpus"], scores["top_k"], scores["max_turns"]) == ("wiki.jsonl", 3, 3)
-    assert all(name in said for name in scores)
+    assert all(name in said for name in scores) and os.listdir("scores") == ["eval.json"]
     assert not llds.load_model(llds.Config(model=str(out)), [], [])[1].training         # dropout stays off
 
 
@@ -1158,7 +1160,7 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     plain = [{"id": f"test_{i}", "question": f"{i}?", "golden_answers": [str(i)]} for i in range(5)]
     Path("plain.jsonl").write_text("".join(json.dumps(row) + "\n" for row in plain))
-    theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": "x",
+    theirs = [{"prompt": [{"role": "user", "content": f"Say {i}"}],
                "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}} for i in range(3)]
     other = {"reward_model": {"ground_truth": {"target": ["7"]}}}
     Path("both.jsonl").write_text(json.dumps(plain[0] | other))
@@ -1172,6 +1174,10 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     assert [q["set"] for q in both] == ["plain"] * 2 + ["theirs"] * 3
     assert [(q["question"], q["golden_answers"]) for q in both[3:]] == [("Say 1", ["1"]), ("Say 2", ["2"])]
     assert both[4]["prompt"] == theirs[2]["prompt"]
+    for row, name in zip(theirs, ("nq", "nq", "popqa")):                    # one file of several benchmarks
+        row["data_source"] = name
+    Dataset.from_list(theirs).to_parquet("theirs.parquet")
+    assert [q["set"] for q in llds.load_questions("theirs.parquet", "test")] == ["nq", "nq", "popqa"]
     asked = []
     hub = Dataset.from_list(plain)
     monkeypatch.setattr(llds, "load_dataset", lambda *args, split: asked.append((*args, split)) or hub)
@@ -1181,9 +1187,12 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
 
 
 def test_evaluation_tells_sets_and_hops_apart():
+    """Exact match and searches: of all, by hops, by set; and, where a group of the paper's sets is complete,
+    the mean over its sets, however many questions each has."""
     model, env, questions = agent(36)
+    questions = [dict(q) for q in questions * 2]
     for i, q in enumerate(questions):
-        q |= {"set": "ab"[i % 2], "hops": 1 + (i > 3), "golden_answers": q["golden_answers"][i % 3::2]}
+        q |= {"set": SETS[i % 7 * (i < 10)], "hops": 1 + (i > 3), "golden_answers": q["golden_answers"][i % 3::2]}
     scores = llds.evaluate(model.float(), env, questions)
     episodes = llds.rollout(model, env, questions, temperature=0.0)
 
@@ -1192,11 +1201,15 @@ def test_evaluation_tells_sets_and_hops_apart():
         return sum(values) / len(values)
 
     parts = {"": lambda q: True, "_1hop": lambda q: q["hops"] == 1, "_2hop": lambda q: q["hops"] == 2,
-             "_a": lambda q: q["set"] == "a", "_b": lambda q: q["set"] == "b"}
-    values = {"em": lambda e: e.reward, "searches": lambda e: len(e.searches)}
-    assert scores == {f"eval_{name}{part}": mean(value, keep) for part, keep in parts.items()
-                      for name, value in values.items()}
-    assert scores["eval_em_a"] != scores["eval_em_b"]
+             **{f"_{name}": lambda q, name=name: q["set"] == name for name in SETS}}
+    want = {f"eval_{name}{part}": mean(value, keep) for part, keep in parts.items()
+            for name, value in {"em": lambda e: e.reward, "searches": lambda e: len(e.searches)}.items()}
+    em = [want[f"eval_em_{name}"] for name in SETS]
+    averages = dict(general=sum(em[:3]) / 3, multi_hop=sum(em[3:]) / 4, average=sum(em) / 7)
+    assert scores == pytest.approx(want | {f"eval_em_{name}": value for name, value in averages.items()})
+    assert len({*em, *averages.values()}) > 3
+    some = llds.evaluate(model, env, [q for q in questions if q["set"] != "bamboogle"])
+    assert "eval_em_general" in some and not {"eval_em_multi_hop", "eval_em_average"} & set(some)
 
 
 def test_bfloat16_products_with_float32_weights():
@@ -1264,11 +1277,12 @@ RUN = """--steps 5 --save_steps 2 --warm_steps 20 --group_size 4 --questions_per
 KILL = """import llds, os, pathlib, sys
 name, calls = sys.argv[1], []
 where, what, last, number = dict(step=(llds, "update", 9, 9), save=(pathlib.Path, "rename", 2, 9),
-                                 term=(llds, "update", 5, 15), server=(llds, "rollout", 6, 0))[name]
+                                 term=(llds, "update", 5, 15), server=(llds, "rollout", 6, 0),
+                                 scoring=(llds, "evaluate", 2, 0))[name]
 real, warm_start = getattr(where, what), llds.warm_start
 def deadly(*args, **flags):
     calls.append(name)
-    if len(calls) == last and name == "server":
+    if len(calls) == last and number == 0:
         raise OSError("the server is gone")
     if len(calls) == last:
         os.kill(os.getpid(), number)
@@ -1280,7 +1294,7 @@ llds.main(sys.argv[2:])"""
 def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path, monkeypatch):
     """kill -9 in the middle of step 5 (goes on from checkpoint-4) or of the second save (from checkpoint-2,
     though step 4 is in the log), SIGTERM in step 3 (which ends first), a retrieval server that dies in step 4
-    (saved as of step 3): the same metrics, the same weights."""
+    (saved as of step 3) or while step 3 is evaluated (saved without that): the same metrics and weights."""
     right = sorted({name for q in QUESTIONS for name in q["path"]})[::2]
     questions = "".join(json.dumps(q | {"golden_answers": right}) + "\n" for q in QUESTIONS[:30])
 
@@ -1293,24 +1307,27 @@ def test_a_run_that_was_killed_goes_on_bit_by_bit(tmp_path, monkeypatch):
         assert sorted(path.name for path in Path("out").glob("*-*"))[1:] == ["checkpoint-5"]    # of two
         return rows, Qwen2ForCausalLM.from_pretrained("out").state_dict()
 
-    for name in ("whole", "step", "save", "term", "server"):
+    for name in ("whole", "step", "save", "term", "server", "scoring"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "q.jsonl").write_text(questions)
     rows, weights = outcome(tmp_path / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5] and len({row["reward"] for row in rows}) > 1
     home = str(Path(llds.__file__).parent)
     environment = os.environ | dict(OMP_NUM_THREADS="1", PYTHONUTF8="1", PYTHONPATH=home)
-    ends = ("step", -9, 4, 4), ("save", -9, 2, 4), ("term", 2, 3, 3), ("server", 2, 3, 3)
+    ends = (("step", -9, 4, 4), ("save", -9, 2, 4), ("term", 2, 3, 3), ("server", 2, 3, 3),
+            ("scoring", 2, 3, 2))
     for name, status, last, logged in ends:
         died = subprocess.run([sys.executable, "-c", KILL, name, *RUN], cwd=tmp_path / name, env=environment,
                               capture_output=True, text=True)
         assert died.returncode == status, died.stderr
-        assert dict(term="stopped after step 3", server="error: the server is gone").get(name, "") in died.stderr
+        assert {-9: "", 2: "step 3" if name == "term" else "error: the server is gone"}[status] in died.stderr
         assert (tmp_path / name / "out" / f"checkpoint-{last}").is_dir()
         assert len((tmp_path / name / "out" / "metrics.jsonl").read_text().splitlines()) == logged
         with pytest.raises(SystemExit):                                    # other flags: not this run
             outcome(tmp_path / name, ["--resume", "--clip", ".3"])
-        again, now = outcome(tmp_path / name, ["--resume"])
+        again, now = outcome(tmp_path / name, ["--resume", "--sample_every", "3"])
+        if name == "scoring":
+            again[2] |= {key: value for key, value in rows[2].items() if key.startswith("eval")}
         assert again == rows and all(torch.equal(now[key], weights[key]) for key in weights)
 
 
@@ -1321,7 +1338,7 @@ def test_frozen_embeddings_stand_still_and_nothing_else_does(tmp_path):
     cfg = llds.Config(steps=1, questions_per_step=4, mini_batches=2, max_new_tokens=9, warmup_ratio=0.0)
     start = copy.deepcopy(model.float().state_dict())
     for frozen in (False, True):
-        llds.train(model, start, env, questions, questions, 0.1, tmp_path / str(frozen),
+        llds.train(model, start, env, questions, questions, 0.1, [], tmp_path / str(frozen),
                    replace(cfg, freeze_embeddings=frozen))
         still = {name for name, x in model.state_dict().items() if torch.equal(x, start[name])}
         assert still == ({"model.embed_tokens.weight"} if frozen else set())
@@ -1334,6 +1351,7 @@ BAD = {"--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "
        "--chat_template on": "--chat_template", "--eval_data no.jsonl": "no.jsonl",
        "--corpus no.jsonl": "no.jsonl", "--corpus bad.jsonl": "bad.jsonl, line 2",
        "--corpus empty.jsonl": "empty.jsonl", "--model odd": "odd", "--model bare": "bare",
+       "--model window": "sliding_window", "--llds_lambda .1 .1": "--llds_lambda", "--train_data held.jsonl,": ": cannot",
        "--max_turns 0": "--max_turns", "--resume": "--output_dir", "--output_dir odd": "--output_dir odd",
        "--output_dir empty.jsonl/x": "empty.jsonl", "--ask Who?": "--model",
        **{f"--train_data {name}.jsonl": f"{name}.jsonl" for name in ("bad", "plain", "number", "empty", "held")}}
@@ -1348,6 +1366,9 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     Path("empty.jsonl").touch()
     Path("odd").mkdir()
     Path("odd", "config.json").write_text('{}')                         # no model_type
+    MistralForCausalLM(MistralConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                     num_attention_heads=1, num_key_value_heads=1, sliding_window=4)
+                       ).save_pretrained("window")                      # the rollout would not know of it
     Path("bare").mkdir()
     Qwen2Config().save_pretrained("bare")                               # no weights
     Path("held.jsonl").write_text('{"contents": "a", "questions": [{"question": "Who?", "golden_answers": ["a"], '
