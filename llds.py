@@ -6,9 +6,9 @@
 
 GRPO pushes down every token of a wrong response, also the good search it began with. What right and wrong
 responses share then loses likelihood although nothing asked for it: lazy likelihood displacement. The model
-grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far the likelihood of good
-responses, advantage >= 0, has fallen since the rollout), and nothing where it has not. arXiv 2512.04220; v1,
-v2: its versions; where we depart from it: README.md.
+grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda * (how far responses no worse
+than their group have lost likelihood since the rollout), and nothing where they have not. arXiv 2512.04220;
+v1, v2: its versions; where we depart from it: README.md.
 
 In the order of the data: settings, episode, rollout, losses, update, train, reports, questions and models. N
 responses, T tokens (right-padded), M action tokens, D hidden units, V words; column t belongs to ids[:, t].
@@ -56,7 +56,7 @@ class Config:
     retriever_url: str = flag("", "search there instead, in Search-R1's protocol: http://HOST:8000/retrieve")
     train_data: str = flag("", "questions to train on: SET[,SET...], default: --corpus; see load_questions")
     eval_data: str = flag("", "held-out questions, in the same form; each set is scored by itself")
-    reward_noise: float = flag(0.0, "share of right answers that earn 0, as an alias does in exact match")
+    reward_noise: float = flag(0.0, "chance of a right answer to earn 0, as one worded otherwise does")
     hops: int = flag(0, "train and evaluate only on questions of so many hops; 0: on all")
     output_dir: str = flag("", "default: runs/<model>-<time>")
     seed: int = flag(0, "of the weights, the order of the questions and the sampling")
@@ -80,22 +80,22 @@ class Config:
     freeze_embeddings: bool = flag(False, "they, and a head tied to them, keep their values in GRPO")
     temperature: float = flag(1.0, "of sampling and of all log-probabilities; evaluation is greedy")
     # LLDS
-    llds_lambda: list[float] = flag(lambda: [0.1], "weight of the penalty; 0: plain GRPO; several: more runs")
+    llds_lambda: list[float] = flag(lambda: [0.1], "weight of the penalty; 0: plain GRPO; each its own run")
     llds_gate: Literal["token", "response", "action"] = flag("response", "what must have fallen, to count")
-    answer_weight: str = flag("1", "of the answer's tokens in it: 0 to 1, or 'adaptive': mean searches / 2")
-    # warm start, size, checkpoints, reports; the last three: something else than training
+    answer_weight: str = flag("1", "on the answer's penalty: 0 to 1; 'adaptive': searches / 2, at most 1")
+    # warm start, size, checkpoints, reports; with one of the last three flags nothing is trained
     warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
     rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
-    dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of products; weights are always float32")
-    gradient_checkpointing: bool = flag(DEVICE == "cuda", "keep the layers' inputs, compute the rest again")
+    dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of matrix products; weights are always float32")
+    gradient_checkpointing: bool = flag(DEVICE == "cuda", "keep the layers' inputs, compute the rest twice")
     save_steps: int = flag(50, "write a checkpoint every so many steps, and on Ctrl-C or SIGTERM")
     save_total_limit: int = flag(1, "checkpoints that are kept, the newest")
-    resume: bool = flag(False, "go on from the last checkpoint in --output_dir, with the same flags")
+    resume: bool = flag(False, "go on from the last checkpoint in --output_dir; same flags, save MAY_CHANGE")
     eval_steps: int = flag(10, "evaluate on the held-out questions every so many steps")
     sample_every: int = flag(20, "print an episode every so many steps")
-    tokens: bool = flag(False, "print it token by token as well")
+    tokens: bool = flag(False, "print that episode token by token as well")
     plot: bool = flag(False, "write curves.png (needs matplotlib)")
     probe: int = flag(0, "measure, on so many questions, what GRPO on one alone does to its right answers")
     eval: bool = flag(False, "evaluate --model on each set of --eval_data")
@@ -105,7 +105,7 @@ REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, st
                   questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384)
 LOWEST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, hops=0, seed=0, steps=0, warm_steps=0,
-              probe=0)  # of the others: 1 if whole numbers, else 0
+              probe=0)  # least values; of every other number: 1 if whole, else 0
 
 def check(ok, message):
     if not ok:
@@ -169,7 +169,7 @@ def exact_match(prediction, golden_answers):
 
 class Environment:
     """Where text and ids meet: makes prompts, sees where an action ends, runs it, appends the feedback. One
-    more tool needs its closing tag in complete() and its feedback in respond()."""
+    more tool: its closing tag (if longer, also the window) in complete(), its feedback in respond()."""
 
     def __init__(self, tok, retriever, cfg, max_length=float("inf")):
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
@@ -196,7 +196,7 @@ class Environment:
         """Does the newest token end the action: a closing tag, EOS, or no room for another token?"""
         action = e.ids[e.start:]
         full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        # The 9 characters of a tag end within the last 9 tokens, for a token adds a character or more.
+        # Each token of a closing tag holds one of its characters or more: 9 tokens hold all of "</search>".
         tail = self.decode(action[-len("</search>"):]) if action[-1] in self.closers else ""
         return full or action[-1] == self.tok.eos_token_id or "</search>" in tail or "</answer>" in tail
 
@@ -326,12 +326,12 @@ def action_ids(mask):
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
-    Returns (loss, info): info counts the tokens whose gradient the clip stopped; it has the largest ratio."""
+    Returns (loss, info): how many tokens' gradient the clip stopped, and the largest ratio."""
     mask, advantages = mask.bool(), advantages[:, None]                                 # (N, T), (N, 1)
     ratio = (logp - old_logp.detach()).masked_fill(~mask, 0).exp()  # masked before exp: no inf * 0
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     loss = -(surrogate * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    beyond = (advantages > 0) & (ratio > 1 + clip) | (advantages < 0) & (ratio < 1 - clip)  # min() is flat
+    beyond = (advantages > 0) & (ratio > 1 + clip) | (advantages < 0) & (ratio < 1 - clip)  # clamp() wins
     return loss, {"clipped": (beyond & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
@@ -344,12 +344,13 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
                  denom=None):
     """How far the likelihood of preserved responses has fallen since the rollout (v1; v2 eq. 4, 5, 9, 10):
 
-        sum of gate * answer_weight * max(0, old_logp - logp) over their action tokens / how many these are
+        sum of gate * answer_weight * max(0, old_logp - logp) over their action tokens / how many these are,
+        gate: 1 where the unit's likelihood has fallen, else 0
 
     logp, old_logp: (N, T), the new policy and the one that made the rollouts. advantages: (N,); A >= 0 is
         preserved, so also a group all right or all wrong. action_id: (N, T), k on tokens of the k-th action,
         0 on prompt, feedback and padding.
-    gate: the unit whose summed likelihood must have fallen, else none of its tokens counts: the "token"
+    gate: the unit whose summed likelihood must have fallen, else its tokens cost nothing: the "token"
         (v2 eq. 9), the "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty, not what
         the gate sees (LLDS with masked answer, LLDS-MA: 0 in v1, any weight in v2 eq. 5).
@@ -367,7 +368,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     is_open = per_unit.scatter_add(1, unit, delta.detach().float()) > 0  # the gates: constants
     exists = per_unit.scatter_add(1, unit, preserved.float()) > 0
     weight = 1.0 if answer_mask is None else torch.where(answer_mask.bool(), answer_weight, 1.0)
-    penalty = torch.relu(delta) * is_open.gather(1, unit) * weight  # relu: at a tie clamp() leaks gradient
+    penalty = torch.relu(delta) * is_open.gather(1, unit) * weight  # relu: at 0 clamp() has gradient 1
     loss = penalty.sum() / max(1, preserved.sum() if denom is None else denom)
     return loss, {"preserved_tokens": preserved.sum(), "penalized_tokens": (penalty > 0).sum(),
                   "units": exists[:, 1:].sum(), "open_units": is_open[:, 1:].sum()}
@@ -410,7 +411,7 @@ def mean(values):
     return sum(values) / len(values) if values else None
 
 def update(model, optimizer, scheduler):
-    """One optimizer step, the gradient cut to norm 1; none if it is not finite. Returns its norm before."""
+    """One optimizer step, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0).item()
     if math.isfinite(norm):
         optimizer.step()
@@ -449,7 +450,7 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
     total, grad_norms = defaultdict(float), []  # a norm for each update
     for mini_batch in plan * cfg.passes:
         members = torch.cat(mini_batch)
-        action_tokens = is_action[members].sum()  # the two normalisers: of all, so that micro-batches add up
+        action_tokens = is_action[members].sum()  # the two normalisers, of all its micro-batches together
         preserved_tokens = is_action[members][advantages[members] >= 0].sum()
         for rows in mini_batch:
             old, ref, action, answer = (x[rows] for x in (old_logp, ref_logp, action_id, answer_mask))
@@ -477,7 +478,7 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
 
 # -------------------------------------------------------------------------------------------------- train
 MAY_CHANGE = """--retriever_url --rollout_batch --micro_batch_tokens --gradient_checkpointing --save_steps
-    --save_total_limit --eval_steps --sample_every --tokens --plot""".split()  # in a run that goes on
+    --save_total_limit --eval_steps --sample_every --tokens --plot""".split()  # where, how fast, how often
 
 def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs, and renames it when complete, so that a kill leaves the one before."""
@@ -510,7 +511,7 @@ def train(model, start, env, questions, held_out, llds_lambda, stop, out, cfg):
     n, shuffle = cfg.questions_per_step, random.Random(cfg.seed)
     epochs = range(math.ceil(cfg.steps * n / len(questions)))  # every question once, then all again
     order = [question for _ in epochs for question in shuffle.sample(questions, len(questions))]
-    fused = DEVICE == "cuda"  # its default there needs room for one more copy of the weights
+    fused = DEVICE == "cuda"  # AdamW's default there needs room for one more copy of the weights
     optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0, fused=fused)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.passes * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
@@ -574,7 +575,7 @@ def probe(model, env, questions, cfg):
             print(f"{change:9.3f} " + "#" * math.ceil(40 * abs(change) / (max(map(abs, changes)) or 1)))
 
 # ------------------------------------------------------------------------------------------------ reports
-SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)  # above x * its start; below x * best
+SIGNS = dict(logp_correct=1.5, entropy=1.5, grad_norm=2.0, reward=0.75)  # > 1: times start; < 1: times best
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
 BENCHMARKS = {"general": "nq triviaqa popqa", "multi_hop": "hotpotqa 2wikimultihopqa musique bamboogle"}
 BENCHMARKS["average"] = " ".join(BENCHMARKS.values())
@@ -667,7 +668,7 @@ def report(runs, before, plot):
         decay = min(crossed.get("logp_correct", end), crossed.get("entropy", end))
         fall = max(decay, crossed.get("reward", end))
         spans = ("I stagnation", 1, decay), ("II decay", decay, fall), ("III acceleration", fall, end)
-        spans = [f"{name}: steps {begin} to {stop - 1}" for name, begin, stop in spans if begin < stop]
+        spans = [f"{name}: steps {begin} to {after - 1}" for name, begin, after in spans if begin < after]
         print("  phases:", ", ".join(spans), "  first signs:", crossed or "none")
     ends = {f"lambda {llds_lambda:g}": rows[-1] for llds_lambda, rows in runs.items() if rows}
     print("\nheld-out questions")
@@ -744,8 +745,8 @@ def warm_start(model, env, passages, questions, cfg):
 
 def run(cfg):
     try:
-        passages, ready = load_corpus(cfg.corpus), cfg.model != "tiny" and (cfg.eval or cfg.ask)
-        questions = [] if ready else load_questions(cfg.train_data or cfg.corpus, "train")
+        passages, no_training = load_corpus(cfg.corpus), cfg.model != "tiny" and (cfg.eval or cfg.ask)
+        questions = [] if no_training else load_questions(cfg.train_data or cfg.corpus, "train")
         held_out = [] if cfg.ask else load_questions(cfg.eval_data or cfg.corpus, "test")
         everything = questions + held_out
         tok, model = load_model(cfg, passages, everything)
@@ -757,7 +758,7 @@ def run(cfg):
         return show(env, *rollout(model, env, [{"question": cfg.ask, "golden_answers": []}], temperature=0.0))
     if cfg.hops:
         questions, held_out = ([q for q in qs if q.get("hops") == cfg.hops] for qs in (questions, held_out))
-        check((questions or ready) and held_out, f"--hops {cfg.hops} leaves nothing to train on or evaluate")
+        check((questions or no_training) and held_out, f"--hops {cfg.hops} leaves no questions")
     out = Path(cfg.output_dir or time.strftime(f"runs/{Path(cfg.model).name}-%y%m%d-%H%M%S"))
     check(cfg.eval or cfg.probe or cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
     if not cfg.probe:
@@ -786,7 +787,7 @@ def main(argv=None):
     cfg = parse_config(argv)
     set_seed(cfg.seed)
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and each token brings another
-    try:  # weights stay float32: a bfloat16 one would swallow an update of 1e-6. A cache would keep old ones
+    try:  # weights stay float32: a bfloat16 one would swallow an update of 1e-6. A cache would hold old casts
         with torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=False):
             run(cfg)
     except OSError as error:  # a file, a model, or the retrieval server

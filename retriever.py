@@ -76,12 +76,6 @@ class BM25:
             found.append([dict(self.passages[d], score=scores[d].item()) for d in best.tolist()])
         return found
 
-PROMPT = """Answer the question. Whenever you learn something, reason first, between <think> and </think>.
-If you lack a fact, search for it with <search> your query </search>; passages come back between <information>
-and </information>. You may search several times. Once you know enough, finish with <answer> your answer in as
-few words as possible </answer>.
-Question: {question}
-"""
 CORRECTION = ("\n\nThis was neither a search nor an answer. Write <search> query </search> to search, or "
               "<answer> answer </answer> to finish.\n\n")
 OPEN, CLOSE = "\n\n<information>", "</information>\n\n"
