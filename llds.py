@@ -582,8 +582,7 @@ BENCHMARKS["average"] = " ".join(BENCHMARKS.values())
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
 def first_action_match(episodes, group_size):
-    """Of wrong responses with a right one in their group: share whose first search found the same passages
-    as a right one's (fig. 5)."""
+    """Share of wrong responses, in groups with a right one, whose first search found what a right one did."""
     matches = []
     for i in range(0, len(episodes), group_size):
         group = episodes[i:i + group_size]
@@ -674,13 +673,14 @@ def report(runs, before, plot):
     print("\nheld-out questions")
     print(pandas.DataFrame({"start": before, **ends}).loc[[*before]].to_string(float_format="%.3f"))
     if plot:
-        axes = None
-        for history in runs.values():
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
+        for llds_lambda, history in runs.items():
             table = pandas.DataFrame(history, columns=["step", *CURVES]).set_index("step").astype(float)
-            axes = table.interpolate().plot(subplots=True, layout=(2, 3), figsize=(12, 6), title=[*CURVES],
-                                            ax=axes, legend=False)
-        axes.flat[0].legend([f"lambda {llds_lambda:g}" for llds_lambda in runs])
-        axes.flat[0].figure.savefig(plot)
+            for axis, name in zip(axes.flat, CURVES):
+                table[name].dropna().plot(ax=axis, title=name, label=f"lambda {llds_lambda:g}")
+        axes.flat[0].legend()
+        figure.savefig(plot)
 
 # -------------------------------------------------------------------------------- questions, models, main
 def load_questions(sources, part):

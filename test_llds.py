@@ -1000,6 +1000,21 @@ def test_the_report_names_the_phases(capsys):
     assert "I stagnation: steps 1 to 9 " in ours and "decay" not in ours and "0.250" in ours
 
 
+@pytest.mark.skipif(not find_spec("matplotlib"), reason="--plot is for those who have matplotlib")
+def test_the_curves_of_two_runs_lie_over_each_other_in_two_colours(tmp_path, monkeypatch):
+    from matplotlib import pyplot
+    pyplot.switch_backend("agg")
+    rows = [dict(step=t, logp_correct=None if t == 2 else -t, entropy=t, grad_norm=1, reward=t, displaced=0,
+                 eval_em=t if t % 2 else None) for t in range(1, 6)]
+    llds.report({0.0: rows, 0.5: rows[:4]}, {"eval_em": .25}, tmp_path / "curves.png")
+    axes = pyplot.gcf().axes
+    assert [axis.get_title() for axis in axes] == [*llds.CURVES] and (tmp_path / "curves.png").stat().st_size
+    for axis in axes:
+        assert len(axis.lines) == len({line.get_color() for line in axis.lines}) == 2, axis.get_title()
+    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["lambda 0", "lambda 0.5"]
+    assert axes[0].lines[0].get_xydata().tolist() == [[1, 1], [3, 3], [5, 5]]     # where it was evaluated
+
+
 def test_metrics_tell_actions_and_searches_apart():
     """logp_action1 and 2 of correct responses, logp by number of searches: from a step that moves nothing."""
     model, env, questions = agent(33)
