@@ -477,8 +477,8 @@ def train_step(model, reference, optimizer, scheduler, episodes, llds_lambda, cf
     }, (advantages, old_logp, new_logp)
 
 # -------------------------------------------------------------------------------------------------- train
-MAY_CHANGE = """--retriever_url --rollout_batch --micro_batch_tokens --gradient_checkpointing --save_steps
-    --save_total_limit --eval_steps --sample_every --tokens --plot""".split()  # where, how fast, how often
+MAY_CHANGE = set("""--retriever_url --rollout_batch --micro_batch_tokens --gradient_checkpointing --save_steps
+    --save_total_limit --eval_steps --sample_every --tokens --plot""".split())  # where, how fast, how often
 
 def save_checkpoint(out, model, tok, optimizer, scheduler, history, limit):
     """Writes all that --resume needs, and renames it when complete, so that a kill leaves the one before."""
@@ -495,9 +495,8 @@ def load_checkpoint(out, model, optimizer, scheduler):
     if not (folder := out.exists() and get_last_checkpoint(out)):
         return []
     saved, flags = AutoModelForCausalLM.from_pretrained(folder, dtype="float32"), model.config.llds
-    changed = [f"--{name}" for name in flags if flags[name] != saved.config.llds.get(name)]
-    changed = ", ".join(name for name in changed if name not in MAY_CHANGE)
-    check(not changed, f"--resume: {out} was made with other {changed}")
+    changed = {f"--{name}" for name in flags if flags[name] != saved.config.llds.get(name)} - MAY_CHANGE
+    check(not changed, f"--resume: {out} was made with other {', '.join(sorted(changed))}")
     *states, history = torch.load(f"{folder}/training.pt", map_location="cpu", weights_only=True)
     for part, state in zip((model, optimizer, scheduler), (saved.state_dict(), *states)):
         part.load_state_dict(state)
@@ -709,6 +708,7 @@ def load_questions(sources, part):
                            and isinstance(row.get("golden_answers"), list)
                            and {str}.issuperset(map(type, row["golden_answers"])) for row in rows),
               f"{source}: '{part}' needs questions, with 'question' and a list of strings, 'golden_answers'")
+        check(rows[0].get("set") not in [q.get("set") for q in questions], f"{source}: two sets of one name")
         questions += rows
     return questions
 

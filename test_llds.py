@@ -56,6 +56,12 @@ for _gate in GATES:
 every_loss = pytest.mark.parametrize("name", LOSSES)
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch):
+    """The tests' models are made there, also on a machine with a GPU."""
+    monkeypatch.setattr(llds, "DEVICE", "cpu")
+
+
 def solve(loss, b, **kw):
     """Value, gradient on logp and counts of one loss; no gradient at all counts as zeros."""
     leaf = b.logp.clone().requires_grad_()
@@ -568,7 +574,7 @@ def test_answers_by_example():
                          "Paris </answer>": None, "</answer><answer> Paris </answer>": None, "": None,
                          "<answer> a <answer> b </answer> c </answer>": "b", "<answer>a\nb</answer>": "a\nb",
                          "<answer>a</answer><answer>b</answer>": "a", "<Answer>a</Answer>": None}.items():
-        assert llds.between("answer", text) == answer, text
+        assert llds.extract_answer(text) == answer, text
     assert llds.between("search", "<think> <search> a </think> <search> b </search>") == "b"
 
 
@@ -653,7 +659,7 @@ def replay(env, episodes, group=1, rows=99):
 
 
 def spoken(env, e):
-    return llds.between("answer", env.decode(e.ids[e.start:]))
+    return llds.extract_answer(env.decode(e.ids[e.start:]))
 
 
 SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
@@ -1199,6 +1205,8 @@ def test_questions_from_files_and_from_the_hub(tmp_path, monkeypatch):
     sets = llds.load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
     assert asked == [("me/bench", "nq", "test[:9]"), ("me/bench", "hotpotqa", "dev"), ("me/one", None, "dev")]
     assert [q["set"] for q in sets[::5]] == ["nq", "hotpotqa", "one"]
+    with pytest.raises(SystemExit):
+        llds.load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")      # two sets of one name
 
 
 def test_evaluation_tells_sets_and_hops_apart():
