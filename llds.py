@@ -4,11 +4,12 @@
     python llds.py                                       a tiny built-in agent, offline, on a laptop's CPU
     python llds.py --model Qwen/Qwen2.5-0.5B-Instruct    the same code with a real model, on one GPU
 
-GRPO makes every token of a wrong response less likely, also the good search that it began with. Right
-responses begin with the same search and lose likelihood too, although the loss asks for the opposite: lazy
-likelihood displacement. The model grows unsure, the pushes grow larger, the run collapses. LLDS adds lambda
-times the likelihood that good responses have lost since they were sampled. (arXiv 2512.04220, v1 and v2.)
-
+GRPO samples a group of responses to each question, scores them, and makes the tokens of better ones likelier,
+those of worse ones less likely: also the good search that a wrong response began with. Right responses begin
+with that search too, and lose likelihood: lazy likelihood displacement. The model grows unsure, its wrong
+responses unlikely, the pushes against them stronger, until the run collapses. LLDS adds lambda times what
+responses no worse than their group have lost since they were sampled, max(0, old_logp - logp); in the first
+update of a step both come from the same weights, and that is 0. (arXiv 2512.04220; v1, v2: its versions.)
 The file follows the data. N responses, T tokens (right-padded), M action tokens, D hidden units, V words.
 """
 import copy, json, math, os, random, re, shutil, signal, sys, threading, time
@@ -97,13 +98,12 @@ def parse_config(argv=None):
     first = parser.parse_known_args(argv)[0]
     defaults = {} if first.model == "tiny" else REAL_MODEL
     saved = Path(first.resume or first.model, "flags.json")  # of the run that wrote this folder
-    if not first.resume and not saved.exists():
-        saved = saved.parent.with_name("flags.json")  # of several lambdas
     if first.resume or saved.exists():
         with supplied(saved):
             defaults = vars(Config(**json.loads(saved.read_text(encoding="utf-8"))))
+        defaults["resume"] = first.resume
         if not first.resume:
-            defaults["warm_steps"] = 0
+            defaults["warm_steps"] = 0  # the model has learned already
     parser.set_defaults(**defaults)
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.resume:
@@ -177,7 +177,7 @@ class Environment:
             return True
         if newest not in self.closers:
             return False
-        tail = self.decode(action[-len("</search>"):])  # long enough: no token holds less than a character
+        tail = self.decode(action[-len("</search>"):])  # 9 tokens hold a tag, even one spelled by letters
         return "</search>" in tail or "</answer>" in tail
 
     def respond(self, episodes):
@@ -191,7 +191,7 @@ class Environment:
                 e.reward = exact_match(answer, e.question["golden_answers"])
                 e.answer_start = len(e.ids) - 1
                 while "<answer>" not in self.decode(e.ids[e.answer_start:]):
-                    e.answer_start -= 1  # the answer begins with the last token that has the tag still ahead
+                    e.answer_start -= 1  # back to the token with which the tag begins
             elif not e.done and query is not None:
                 searching.append(e)
                 queries.append(query)
@@ -218,8 +218,8 @@ class Environment:
 # One KV cache serves all rollouts, and a token's cell in it is the token's position:
 #
 #     cell     0 1 2 3 4 5 6 7 8 9        P prompt, A action, F feedback, . nothing yet
-#     row 0    P P P P A A F F A .        Nothing is shifted or joined; the mask is "cell <= own position".
-#     row 1    P P P P A A A A . .        A token that is fed a second time only rewrites its own cell.
+#     row 0    P P P P A A F F A .        So nothing moves as rows grow, the mask is "cell <= own position",
+#     row 1    P P P P A A A A . .        and a token that is fed a second time only rewrites its own cell.
 class SlotCache(Cache):
     """Keys and values of all rows: for each layer two buffers, (rows, heads, cells, size)."""
 
@@ -227,7 +227,7 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.rows, self.cells, self.buffers = rows, cells, {}
 
-    def aim(self, rows, position):
+    def begin_pass(self, rows, position):
         """The next pass feeds these rows (a list) at these positions, (rows, width). Returns its mask."""
         self.target = torch.tensor(rows, device=DEVICE)[:, None], position
         self.in_use = int(position.max()) + 1
@@ -251,7 +251,7 @@ class SlotCache(Cache):
             buffer[:, targets, :, :cells] = buffer[:, source:source + 1, :, :cells]
 
 def rectangle(rows):
-    """Lists of integers -> (rows, longest); a shorter list repeats its last number."""
+    """Lists of integers -> (rows, longest). A shorter list repeats its last number: a token fed again."""
     width = max(len(row) for row in rows)
     return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=DEVICE)
 
@@ -259,7 +259,7 @@ def feed(model, cache, live, starts):
     """One forward pass: reads live[r].ids from starts[r] on. Returns the next token's logits, (rows, V)."""
     ids = rectangle([live[r].ids[start:] for r, start in starts.items()])               # (rows, width)
     position = rectangle([list(range(start, len(live[r].ids))) for r, start in starts.items()])
-    mask = cache.aim(list(starts), position)
+    mask = cache.begin_pass(list(starts), position)
     hidden = model.base_model(ids, mask, position, cache, use_cache=True)[0]            # (rows, width, D)
     return model.get_output_embeddings()(hidden[:, -1]).float()
 
@@ -269,14 +269,14 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     row its newest token and samples the next. A row whose action is complete waits, that token fed again
     for nothing, until an eighth of the rows wait: then all are answered at once and read in one pass."""
     model.eval()  # in train mode checkpointed layers would drop the cache
-    torch.set_autocast_cache_enabled(True)  # weights are cast once, not once a token
+    torch.set_autocast_cache_enabled(True)  # weights that learn are cast once, not once a token
     cfg = env.cfg
     episodes = [env.reset(question) for question in questions for _ in range(group_size)]
     prompt = max(len(e.ids) for e in episodes)
     longest = prompt + (cfg.max_turns + 1) * cfg.max_new_tokens + cfg.max_turns * cfg.max_feedback_tokens
     rows = min(max(cfg.rollout_batch, group_size), len(episodes))
     cache = SlotCache(rows, min(longest, env.max_length))
-    queue, live, waiting = episodes, [], {}  # live[r]: in row r; waiting: {row: first token not in it}
+    queue, live, waiting = episodes, [], {}  # live[r]: in row r; waiting: {row: first token not in cache}
     while queue or live:
         # 1. Whole groups take the free rows. A group's first row reads the prompt, the others copy it.
         free = (rows - len(live)) // group_size * group_size
@@ -366,7 +366,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     tensor(0.)
 
     logp, old_logp: (N, T), of the present policy and of the one that sampled. advantages: (N,); good is >= 0,
-        as in a group all right or all wrong. action_id: (N, T), k on the k-th action's tokens, else 0.
+        no worse than its group, even if all is wrong. action_id: (N, T), k on the k-th action's tokens, or 0.
     gate: 1 for the tokens of a unit whose summed likelihood has fallen, else 0. The unit is the "token"
         (v2 eq. 9), the "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty, but the
@@ -387,9 +387,9 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         unit = torch.zeros_like(action_id)
     else:
         unit = action_id
-    nothing = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)            # (N, units of a row)
-    fallen = nothing.scatter_add(1, unit, lost.detach().float()) > 0  # a constant: the gate has no gradient
-    exists = nothing.scatter_add(1, unit, preserved.float()) > 0
+    zeros = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)              # (N, units of a row)
+    fallen = zeros.scatter_add(1, unit, lost.detach().float()) > 0  # the gate, a constant: it has no gradient
+    exists = zeros.scatter_add(1, unit, preserved.float()) > 0
     penalty = torch.relu(lost) * fallen.gather(1, unit)  # relu: at 0 its gradient is 0, clamp's may be 1
     if answer_mask is not None:
         penalty = penalty * torch.where(answer_mask.bool(), answer_weight, 1.0)
@@ -416,7 +416,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     # The one shift: the hidden state of column t predicts the token of column t + 1.
     row, column = (action_id[:, 1:] > 0).nonzero(as_tuple=True)                         # (M,) each
     needed = max(column.tolist(), default=0) + 1  # what follows the last action predicts nothing
-    hidden = model.base_model(input_ids=ids[:, :needed], use_cache=False)[0]            # (N, needed, D)
+    hidden = model.base_model(input_ids=ids[:, :needed], use_cache=False)[0]  # right padding: no mask
     hidden, target = hidden[row, column], ids[row, column + 1]                          # (M, D), (M,)
     def head(hidden, target):
         logits = model.get_output_embeddings()(hidden).float()                          # (chunk, V)
@@ -461,9 +461,9 @@ def snapshot(model):
 
 def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
-    rows = torch.cat(mini_batch)
-    is_action = batch.action_id[rows] > 0
-    preserved = is_action & (batch.advantages[rows] >= 0)[:, None]
+    members = torch.cat(mini_batch)
+    is_action = batch.action_id[members] > 0
+    preserved = is_action & (batch.advantages[members] >= 0)[:, None]
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
     action_tokens, preserved_tokens = is_action.sum(), preserved.sum()
     total, ratio_max = defaultdict(float), 0.0
@@ -473,7 +473,7 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
         policy, info = policy_loss(logp, old_logp, advantages, action_id > 0, cfg.clip, action_tokens)
         llds, counts = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
                                     batch.answer_mask[rows], answer_weight, preserved_tokens)
-        loss = policy + learner.llds_lambda * llds
+        loss = policy + learner.llds_lambda * llds  # the whole method
         if cfg.beta > 0:
             kl = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
             loss = loss + cfg.beta * kl
@@ -523,11 +523,11 @@ def rollout_metrics(episodes, batch, cfg):
                "first_action_match": first_action_match(episodes, cfg.group_size),
                "entropy": mean(batch.entropy[is_action]), "action_tokens": mean(is_action.sum(dim=1)),
                "zero_std_groups": mean((batch.advantages == 0).view(-1, cfg.group_size).all(dim=1))}
-    of = {"correct": right, "wrong": ~right}
-    of |= {f"action{k}": right & (batch.action_id == k) for k in (1, 2)}
-    of |= {f"{n}searches": searches == n for n in range(cfg.max_turns + 1)}
-    for name, where in of.items():
-        metrics[f"logp_{name}"] = mean(batch.old_logp[is_action & where])
+    parts = {"logp_correct": right, "logp_wrong": ~right}
+    parts |= {f"logp_action{k}": right & (batch.action_id == k) for k in (1, 2)}
+    parts |= {f"logp_{n}searches": searches == n for n in range(cfg.max_turns + 1)}
+    for name, part in parts.items():
+        metrics[name] = mean(batch.old_logp[is_action & part])
     return metrics
 
 def first_action_match(episodes, group_size):
@@ -602,7 +602,7 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         log_step(out, learner.history)
         if step % cfg.save_steps == 0 or step == cfg.steps or STOP.is_set():
             save_checkpoint(out, learner)
-        check(not STOP.is_set(), f"stopped after step {step}; --resume goes on from there")
+        check(not STOP.is_set() or step == cfg.steps, f"stopped after step {step}; see --resume")
     learner.model.save_pretrained(out)
     env.tok.save_pretrained(out)
 
@@ -737,7 +737,7 @@ def fitting(env, questions):
     wanted = [q for q in questions if env.cfg.hops in (0, q.get("hops", env.cfg.hops))]
     with supplied("the prompt of a question"):
         some = [q for q in wanted if len(env.reset(q).ids) < env.max_length]
-    check(some or not questions, f"no question of {env.cfg.hops} hops fits into {env.max_length} tokens")
+    check(some or not questions, f"no question fits --hops {env.cfg.hops} and {env.max_length} tokens")
     if len(some) < len(wanted):
         print(len(wanted) - len(some), "questions are left out: too long for the context")
     return some
@@ -750,14 +750,13 @@ def main(argv=None):
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # but for rollouts
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, and each token brings another
     corpus = cfg.corpus or str(Path(__file__).with_name("tiny_corpus.jsonl"))
     passages = load_corpus(corpus)
     trains = cfg.ask is None and not cfg.eval
     questions = load_questions(cfg.train_data or corpus, "train") if trains else []
     asked = [{"question": cfg.ask, "golden_answers": []}]
     held_out = load_questions(cfg.eval_data or corpus, "test") if cfg.ask is None else asked
-    everything = questions + held_out
+    everything = questions + held_out  # for the warm start, in worlds where all names are others
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
     env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
@@ -770,12 +769,11 @@ def main(argv=None):
         return
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
-    check(not cfg.resume or any(out.rglob("checkpoint-*")), f"--resume {out}: no checkpoint there")
-    if not cfg.resume:  # the folder is claimed before anything is computed
-        check(not any(out.glob("*")), f"--output_dir {out} is not empty")
-        out.mkdir(parents=True, exist_ok=True)
-        with open(out / "flags.json", "x", encoding="utf-8") as file:  # x: fails if another run was faster
-            json.dump(asdict(cfg) | {"output_dir": ""}, file, indent=1)
+    check(not cfg.resume or trains and any(out.rglob("checkpoint-*")), f"--resume {out}: no checkpoint there")
+    check(cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)  # a new folder is claimed before anything is computed:
+    with open(out / "flags.json", "w" if cfg.resume else "x", encoding="utf-8") as file:  # x: for one run
+        json.dump(asdict(cfg) | {"output_dir": "", "resume": ""}, file, indent=1)
     warm_start(model, env, passages, everything, cfg)
     scores = evaluate(model, env, held_out)
     print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
@@ -788,6 +786,8 @@ def main(argv=None):
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         folder.mkdir(exist_ok=True)
+        if folder != out:
+            shutil.copy(out / "flags.json", folder)
         print(f"\nlambda {llds_lambda:g}: {folder}")
         learner = start_run(model, start, llds_lambda, cfg)
         train(learner, noisy_env, env, questions, held_out, folder, cfg)

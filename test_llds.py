@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, chain
 from pathlib import Path
@@ -29,12 +30,13 @@ from transformers.utils import logging as transformers_logging
 
 import llds
 import retriever
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTPRetriever, between, clean, exact_match,
-                       information, load_corpus, load_questions, serve, words)
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTPRetriever, between, clean,
+                       exact_match, information, load_corpus, load_questions, serve, words)
 
 torch.set_num_threads(1)
 GATES = ("token", "response", "action")
 LOSSES = ("policy", "kl", *GATES)
+COUNTS = ("preserved_tokens", "penalized_tokens", "units", "open_units")
 HERE = Path(llds.__file__).parent
 README = (HERE / "README.md").read_text(encoding="utf-8")
 CORPUS = HERE / "tiny_corpus.jsonl"
@@ -61,10 +63,9 @@ def near(got, want, rtol=1e-5, atol=1e-6):
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
 
 def batch(ids, logp, other, adv, answer):
-    """ids: the number of the action that a token belongs to, or 0. other: old or reference log-probabilities."""
-    ids = torch.tensor(ids)
-    return SimpleNamespace(ids=ids, mask=ids > 0, logp=torch.tensor(logp), other=torch.tensor(other),
-                           adv=torch.tensor(adv), answer=torch.tensor(answer))
+    """ids: the number of the action that a token belongs to, or 0. other: old or reference logp."""
+    ids, logp, other, adv, answer = map(torch.tensor, (ids, logp, other, adv, answer))
+    return SimpleNamespace(ids=ids, mask=ids > 0, logp=logp, other=other, adv=adv, answer=answer)
 
 def story():
     """Four rollouts, exact in binary. 9 stands on prompt, feedback and padding: it must never count.
@@ -73,10 +74,10 @@ def story():
     0    +1    (1, -.5)(.5, -2)   .5, -1.5    -1         (.5, -2)
     1     0    (1, 0)(.5, -1)     1, -.5      .5         (.5, -1); no feedback before this action
     2    -1    (2, 1)(1)          3, 1        4          (1); not preserved
-    3    +.5   (-1, 1.5)          .5          .5         (1.5)
-    """
+    3    +.5   (-1, 1.5)          .5          .5         (1.5)"""
     ids = [[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 2, 2, 0, 0], [0, 1, 1, 0, 2, 0, 0], [0, 0, 1, 1, 0, 0, 0]]
-    lost = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9], [9, 9, -1, 1.5, 9, 9, 9]]
+    lost = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9],
+            [9, 9, -1, 1.5, 9, 9, 9]]
     answer = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
     return batch(ids, [[-2. - x for x in row] for row in lost], [[-2.] * 7] * 4, [1., 0., -1., .5], answer)
 
@@ -91,7 +92,7 @@ BY_HAND = {  # gate: tokens penalised in full, as answer; units, open ones; valu
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("weight", [0., .3, 1.])
 def test_the_story_by_hand(gate, weight):
-    """Gradient -weight / 10 where penalised; exactly 0 in closed units, at ties, rises, feedback and A < 0."""
+    """Gradient -weight / 10 where penalised; exactly 0 in closed units, ties, rises, feedback and A < 0."""
     b, (full, as_answer, units, opened, values) = story(), BY_HAND[gate]
     want = torch.zeros(4, 7)
     for place in full + as_answer:
@@ -100,13 +101,12 @@ def test_the_story_by_hand(gate, weight):
     near(loss, values[weight])
     near(grad, want)
     assert torch.equal(grad == 0, want == 0)
-    assert info == {"preserved_tokens": 10, "penalized_tokens": len(full) + len(as_answer) * (weight > 0),
-                    "units": units, "open_units": opened}
+    assert [info[name] for name in COUNTS] == [10, len(full) + len(as_answer) * (weight > 0), units, opened]
     near(solve(gate, b, answer_weight=weight, denom=40)[0], values[weight] / 4)  # in place of the 10
 
-def test_policy_loss_by_hand():
+def test_policy_loss_and_kl_by_hand():
     """A = +1: min(1.5, 1.2) = 1.2 clipped, min(.5, .8) = .5. A = -2: min(-1, -1.6) = -1.6 clipped, -2.2.
-    -(1.2 + .5 - 1.6 - 2.2) / 4 = .525 and gradient -A ratio / 4 unless clipped: a mean over tokens, not rows."""
+    -(1.2 + .5 - 1.6 - 2.2) / 4 = .525, gradient -A ratio / 4 unless clipped: a mean over tokens, not rows."""
     ratios = torch.tensor([[7., 1.5, .5, 7.], [7., .5, 1.1, 7.]])
     b = batch([[0, 1, 1, 0]] * 2, ratios.log().tolist(), [[0.] * 4] * 2, [1., -2.], [[0] * 4] * 2)
     loss, grad, info = solve("policy", b)
@@ -114,32 +114,24 @@ def test_policy_loss_by_hand():
     near(grad, [[0, 0, -.125, 0], [0, 0, .55, 0]])
     assert info == {"clipped": 2}
     near(llds.policy_loss(b.logp, b.other, b.adv, b.mask)[1]["ratio_max"], 1.5)
-    b.mask[0, 1] = False                               # now rows of 1 and 2 tokens: -(.5 - 1.6 - 2.2) / 3
-    near(solve("policy", b)[0], 1.1)
-    near(solve("policy", b, clip=.6)[0], .9)           # nothing is clipped any more: -(.5 - 1 - 2.2) / 3
-    near(solve("policy", b, denom=6)[0], .55)
+    near(solve("policy", b, clip=.6)[0], .3)           # none is clipped any more: -(1.5 + .5 - 1 - 2.2) / 4
     b.logp[:] = 100.                                   # exp(100) is inf, and its gradient would be nan
     assert all(x.isfinite().all() for x in solve("policy", b)[:2])
+    # KL, r = ln 2 and -ln 2: (2 - ln 2 - 1 + .5 + ln 2 - 1) / 2 = .25; gradient (1 - e^r) / 2
+    b = batch([[0, 1, 1, 0]], [[0., -math.log(2), math.log(2), 0.]], [[5., 0., 0., 5.]], [1.], [[0] * 4])
+    near(solve("kl", b)[0], .25)
+    near(solve("kl", b)[1], [[0, -.5, .25, 0]])
 
-def test_kl_penalty_by_hand():
-    """r = ref - new = ln 2 gives 2 - ln 2 - 1, -ln 2 gives .5 + ln 2 - 1; gradient (1 - e^r) / 2."""
-    half = math.log(2)
-    b = batch([[0, 1, 1, 0]], [[0., -half, half, 0.]], [[5., 0., 0., 5.]], [1.], [[0] * 4])
-    loss, grad, _ = solve("kl", b)
-    near(loss, .25)                                    # (1 - ln 2 - .5 + ln 2) / 2
-    near(grad, [[0, -.5, .25, 0]])
-    near(solve("kl", b, denom=5)[0], .1)
-
-@pytest.mark.parametrize("wrong", [
-    {"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": torch.ones(4, 7)},
-    {"answer_mask": None, "answer_weight": .5}], ids=str)
-def test_unusable_options_are_refused_and_the_default_is_the_response_gate(wrong):
-    b = story()
+def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
+    b, square = story(), torch.ones(4, 7)              # advantages (N, T) would become (N, N, T)
     near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
-    with pytest.raises(ValueError):
-        llds.llds_penalty(b.logp, b.other, **dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong)
-    with pytest.raises(ValueError):                    # (N, T) would become (N, N, T)
-        llds.policy_loss(b.logp, b.other, torch.ones(4, 7), b.mask)
+    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square},
+                  {"answer_mask": None, "answer_weight": .5}):
+        options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            llds.llds_penalty(b.logp, b.other, **options)
+    with pytest.raises(ValueError, match="advantages"):
+        llds.policy_loss(b.logp, b.other, square, b.mask)
 
 def places(b):
     return [(i, t) for i, t in b.mask.bool().nonzero().tolist()]
@@ -154,119 +146,88 @@ def slow_policy(logp, b, clip=0.2):
     return -sum(gains) / len(gains), {"clipped": clipped}
 
 def slow_kl(logp, b):
-    terms = [(b.other[i, t] - logp[i, t]).exp() - (b.other[i, t] - logp[i, t]) - 1 for i, t in places(b)]
-    return sum(terms) / len(terms), {}
+    r = [b.other[place] - logp[place] for place in places(b)]
+    return sum(x.exp() - x - 1 for x in r) / len(r), {}
 
-def slow_llds(logp, b, gate, answer_weight=1.0, **wrong):
-    """v2 eq. 9 (token), 10 (response), 4 (action), 5 (answer weight). `wrong` swaps one of the parts."""
-    part = SimpleNamespace(**dict(
-        old=b.other, new=logp, kept=lambda a: a >= 0, relu=torch.relu, is_open=lambda total: float(total > 0),
-        unit={"token": lambda i, t: t, "response": lambda i, t: 0, "action": lambda i, t: b.ids[i, t].item()}[gate],
-        total=lambda lost, members: sum(lost[place] for place in members),
-        count=lambda kept, paid: len(kept)) | wrong)
-    lost, units, paid, opened = part.old - part.new, defaultdict(list), {}, 0
-    kept = [(i, t) for i, t in places(b) if part.kept(b.adv[i])]
-    for i, t in kept:
-        units[i, part.unit(i, t)].append((i, t))
+def slow_llds(logp, b, gate, answer_weight=1.0):
+    """v2 eq. 9 (token), 10 (response), 4 (action), 5 (answer weight)."""
+    units, paid, opened = defaultdict(list), [], 0
+    for i, t in places(b):
+        if b.adv[i] >= 0:
+            units[i, {"token": t, "response": 0, "action": int(b.ids[i, t])}[gate]].append((i, t))
     for members in units.values():
-        is_open = part.is_open(part.total(lost, members))
-        opened += is_open > 0
-        for place in members:
-            paid[place] = is_open * part.relu(lost[place]) * (answer_weight if b.answer[place] else 1.0)
-    counts = len(kept), sum(x > 0 for x in paid.values()), len(units), opened
-    return sum(paid.values(), torch.zeros((), requires_grad=True)) / max(1, part.count(kept, paid)), dict(
-        zip(("preserved_tokens", "penalized_tokens", "units", "open_units"), counts))
+        lost = [b.other[place] - logp[place] for place in members]
+        if sum(lost) > 0:
+            opened += 1
+            paid += [torch.relu(x) * (answer_weight if b.answer[p] else 1.0) for p, x in zip(members, lost)]
+    tokens = sum(map(len, units.values()))
+    loss = sum(paid, torch.zeros((), requires_grad=True)) / max(1, tokens)
+    return loss, dict(zip(COUNTS, (tokens, sum(x > 0 for x in paid), len(units), opened)))
 
 def random_batch(seed, rows):
-    """Ragged, feedback at times empty, three types of masks; eighths make sums exact and ties frequent. Prompt,
-    feedback and padding hold something that must go nowhere."""
-    rng, ids = random.Random(seed), []
-    for _ in range(rows):
-        ids.append([0] * rng.randint(1, 2))
-        for k in range(1, rng.randint(1, 3) + 1):
-            ids[-1] += [k] * rng.randint(1, 3) + [0] * rng.randint(0, 2)
-    width = max(map(len, ids)) + 1
-    ids = [row + [0] * (width - len(row)) for row in ids]
-    other = [[rng.randint(-24, -8) / 8 for _ in row] for row in ids]
-    logp = [[x + rng.randint(-4, 4) / 8 for x in row] for row in other]
-    answer = [[float(k == max(row) and rng.random() < .6) for k in row] for row in ids]
-    signs = [-.5, 0., 2.] + [rng.choice([-1.5, -.5, 0., .5, 2.]) for _ in range(rows)]
-    b = batch(ids, logp, other, rng.sample(signs[:rows], rows), answer)
-    b.mask = b.mask.to((torch.bool, torch.int64, torch.float32)[seed % 3])
-    poison = (math.inf, -math.inf, math.nan, 3e38, 0.0)[seed % 5]
-    b.logp[b.ids == 0], b.other[b.ids == 0], b.answer[b.ids == 0] = poison, -poison, poison
-    return b
+    """Eighths make sums exact and ties frequent. Where no action is stands something that must go nowhere."""
+    torch.manual_seed(seed)
+    ids, other = torch.randint(4, (rows, 9)), -torch.randint(8, 25, (rows, 9)) / 8
+    logp, answer = other + torch.randint(-4, 5, (rows, 9)) / 8, (torch.rand(rows, 9) < .3).float()
+    adv = torch.tensor([-1.5, -.5, 0., .5, 2.])[torch.randint(5, (rows,))]
+    mask = (ids > 0).to((torch.bool, torch.int64, torch.float32)[seed % 3])
+    poison = (math.inf, -math.inf, math.nan, 3e38)[seed % 4]
+    logp[ids == 0], other[ids == 0], answer[ids == 0] = poison, -poison, poison
+    return SimpleNamespace(ids=ids, mask=mask, logp=logp, other=other, adv=adv, answer=answer)
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("seed", range(15))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_cases_agree_with_the_slow_loops(name, seed):
-    """Value, counts and gradient (autograd of the loop, in float64); also as the sum of pieces of one row."""
+    """Value, counts and gradient (of the loop, in float64). Rows one by one add up to it; inputs stay."""
     b = random_batch(seed, rows=1 + seed % 7)
     exact, before = copy.deepcopy(b), copy.deepcopy(b)
     exact.logp, exact.other = b.logp.double(), b.other.double()
     slow = {"policy": slow_policy, "kl": slow_kl}.get(name, partial(slow_llds, gate=name))
-    tokens = len(places(b)) if name in ("policy", "kl") else int((b.ids > 0)[b.adv >= 0].sum())
+    tokens = int((b.ids > 0)[b.adv >= 0].sum()) if name in GATES else len(places(b))
+    rows = [SimpleNamespace(**{key: x[i:i + 1] for key, x in vars(b).items()}) for i in range(len(b.adv))]
     for option in {"policy": [{"clip": .1}, {}], "kl": [{}]}.get(name, [{}, {"answer_weight": .3}]):
         want, want_grad, want_info = solve(slow, exact, **option)
-        loss, grad, info = solve(name, b, **option)
-        near(loss, want)
-        near(grad, want_grad)
-        assert info == want_info
-        rows = [SimpleNamespace(**{key: value[i:i + 1] for key, value in vars(b).items()}) for i in range(len(b.adv))]
-        pieces = [solve(name, row, denom=tokens, **option) for row in rows]
-        near(sum(value for value, _, _ in pieces), want)
-        near(torch.cat([grad for _, grad, _ in pieces]), want_grad)
-        assert all(sum(counts[key] for _, _, counts in pieces) == want_info[key] for key in want_info)
+        values, grads, infos = zip(*[solve(name, row, denom=tokens, **option) for row in rows])
+        added = sum(values), torch.cat(grads), {key: sum(info[key] for info in infos) for key in want_info}
+        for loss, grad, info in (solve(name, b, **option), added):
+            near(loss, want)
+            near(grad, want_grad)
+            assert info == want_info
     for key, value in vars(b).items():
-        near(value, getattr(before, key), 0, 0)                # inputs stay as they are
-    b.logp = b.other.clone()                                   # the first update: nothing has been lost
+        near(value, getattr(before, key), 0, 0)
+    b.logp = b.other.clone()                           # the first update: nothing has been lost
     loss, grad, info = solve(name, b)
-    assert name == "policy" or loss == 0 and not grad.any()
-    assert info.get("open_units", 0) == info.get("penalized_tokens", 0) == info.get("clipped", 0) == 0
+    assert name == "policy" or loss == 0 and not grad.any() and not info.get("open_units")
 
-@pytest.mark.parametrize("denom", [None, 0, 5])
-@pytest.mark.parametrize("name, empty", [(name, "mask") for name in LOSSES] + [(gate, "set") for gate in GATES])
-def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty, denom):
+@pytest.mark.parametrize("name, empty", [(x, "mask") for x in LOSSES] + [(x, "set") for x in GATES])
+def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty):
     """A loss of 0 that can go backward, never 0 / 0, even where all that is there is NaN."""
     b = story()
     b.adv = torch.tensor([-1., -.5, -1e-6, -3.])
     if empty == "mask":
         b.mask[:], b.ids[:], b.adv[:], b.logp[:], b.other[:] = False, 0, 1., math.nan, math.nan
-    loss, grad, info = solve(name, b, denom=denom)
-    assert loss == 0 and not grad.any() and not any(info.values())
+    for denom in (None, 0, 5):
+        loss, grad, info = solve(name, b, denom=denom)
+        assert loss == 0 and not grad.any() and not any(info.values())
 
-MISTAKES = {  # of other implementations, as a wrong part of slow_llds
-    "old log-probabilities of a frozen reference": lambda b: dict(old=b.other + .5),
-    "old ones taken in the same call": lambda b: dict(old=b.logp),
-    "no gradient": lambda b: dict(new=b.logp),
-    "mean over penalised tokens": lambda b: dict(count=lambda kept, paid: sum(x > 0 for x in paid.values())),
-    "mean over all action tokens": lambda b: dict(count=lambda kept, paid: len(places(b))),
-    "no gate": lambda b: dict(is_open=lambda total: 1.0),
-    "runs of the mask for action": lambda b: dict(unit=lambda i, t: int(llds.action_ids(b.mask)[i, t])),
-    "gate sees feedback": lambda b: dict(total=lambda lost, members: lost[members[0][0]].sum()),
-    "gate sees the answer weight": lambda b: dict(total=lambda lost, members: sum(
-        lost[place] * (.3 if b.answer[place] else 1.) for place in members)),
-    "gate passes gradient": lambda b: dict(is_open=lambda total: total.relu() / total.detach().abs()),
-    "no filter": lambda b: dict(kept=lambda a: True),
-    "filter A > 0": lambda b: dict(kept=lambda a: a > 0)}
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_every_mistake_shows_in_the_story(mistake):
-    b, gate = story(), "action" if "action" in mistake else "response"
-    ours = solve(gate, b, answer_weight=.3)
-    wrong = solve(partial(slow_llds, gate=gate, **MISTAKES[mistake](b)), b, answer_weight=.3)
-    assert abs(wrong[0] - ours[0]) > 1e-3 or (wrong[1] - ours[1]).abs().max() > 1e-3
+@pytest.mark.parametrize("gate", GATES)
+def test_what_others_hand_in_by_mistake_shows_in_the_story(gate):
+    """Another old policy; none yet; no filter; A > 0; no answer mask; actions as runs of the mask."""
+    b = story()
+    wrong = [dict(other=b.other + .5), dict(other=b.logp), dict(adv=b.adv.abs()), dict(adv=b.adv - 1e-6),
+             dict(answer=b.mask), dict(ids=llds.action_ids(b.mask))]
+    for part in wrong[:6 if gate == "action" else 5]:
+        ours, theirs = [solve(gate, x, answer_weight=.3)[1] for x in (b, SimpleNamespace(**vars(b) | part))]
+        assert (theirs - ours).abs().max() > 1e-3, part
 
 def test_group_advantages_by_hand():
     """(0, 0, 1, 3): mean 1, sample std sqrt((1 + 1 + 0 + 4) / 3); (5, 5, 5, 9): mean 6, sample std 2."""
-    rewards = torch.tensor([0., 0., 1., 3., 5., 5., 5., 9.])
     root = math.sqrt(2)
-    near(llds.group_advantages(rewards, 4), [-1 / root, -1 / root, 0, 2 / root, -.5, -.5, -.5, 1.5])
-    # In pairs: no spread, or half the gap by which they differ over gap / sqrt 2.
-    near(llds.group_advantages(rewards, 2), [0, 0, -1 / root, 1 / root, 0, 0, -1 / root, 1 / root])
+    near(llds.group_advantages(torch.tensor([0., 0., 1., 3., 5., 5., 5., 9.]), 4),
+         [-1 / root, -1 / root, 0, 2 / root, -.5, -.5, -.5, 1.5])
     # 1e-6 joins the std: +-5e-7 / (7.0711e-7 + 1e-6) = +-.29289
     near(llds.group_advantages(torch.tensor([0., 1e-6]), 2), [-.29289, .29289], atol=1e-4)
-    for reward in (0., 1., .1, .3, .7, -.1, 1e-7, 1234.567):   # no spread: exactly 0, although a mean is rounded
+    for reward in (0., 1., .1, .3, .7, -.1, 1e-7, 1234.567):   # no spread: 0, although a mean is rounded
         for size in (2, 3, 5, 7, 11):
             assert llds.group_advantages(torch.tensor([reward] * size), size).tolist() == [0.] * size
 
@@ -278,11 +239,11 @@ def test_action_ids_by_hand():
         assert ids.tolist() == [[0, 1, 1, 0, 2, 0], [1, 0, 2, 2, 0, 3], [1, 1, 0, 0, 0, 2], [1] * 6, [0] * 6]
 
 def test_the_losses_run_alone():
-    """The copy-paste zone, pasted into an empty file that imports torch; the docstring's example there too."""
+    """The copy-paste zone in an empty file that imports torch; the docstring's example there too."""
     source, pasted = Path(llds.__file__).read_text(encoding="utf-8"), {"torch": torch}
     exec(source.partition("copy from here ...")[2].partition("# ---")[0], pasted)
     assert {"group_advantages", "action_ids", "policy_loss", "kl_penalty"} < set(pasted)
-    example, = doctest.DocTestFinder(recurse=False).find(pasted["llds_penalty"], "llds_penalty", False, pasted)
+    example, = doctest.DocTestFinder(recurse=False).find(pasted["llds_penalty"], "example", False, pasted)
     result = doctest.DocTestRunner().run(example)
     assert result.attempted > 4 and result.failed == 0
 
@@ -298,16 +259,18 @@ def bpe():
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     model.decoder = decoders.ByteLevel()
     some = "<search> capital of France </search>\n\n<information></information>\n\n<answer></answer></answer>"
-    model.train_from_iterator([some] * 3 + [CORRECTION], trainers.BpeTrainer(
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=[END, START], show_progress=False))
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, special_tokens=[END, START], show_progress=False)
+    model.train_from_iterator([some] * 3 + [CORRECTION], trainer)
     tok = PreTrainedTokenizerFast(tokenizer_object=model, eos_token=END)
-    assert tok.tokenize("</search>\n\n" + END) == ["</", "search", ">ĊĊ", END] and tok.tokenize("></") == ["></"]
+    assert tok.tokenize("</search>\n\n" + END) == ["</", "search", ">ĊĊ", END]
+    assert tok.tokenize("></") == ["></"]
     return tok
 
 def built_in(**flags):
     return llds.load_model(llds.Config(**flags), PASSAGES[:6], QUESTIONS[:18])
 
-FRANCE = [{"contents": '"France"\nThe capital of France is Paris.'}, {"contents": '"Oslo"\nA city in Norway.'}]
+FRANCE = [{"contents": '"France"\nThe capital of France is Paris.'}, {"contents": '"Oslo"\nIn Norway.'}]
 
 def world(tok=None, passages=FRANCE, max_length=math.inf, **flags):
     cfg = llds.Config(**dict(max_turns=2, top_k=1, max_new_tokens=50, max_feedback_tokens=60) | flags)
@@ -339,15 +302,13 @@ HEARD = {"i": f'{OPEN}Doc 1(Title: "France") The capital of France is Paris.{CLO
          "0": OPEN + information([]) + CLOSE, "c": CORRECTION}
 STORIES = {  # actions; what follows each, by its letter in HEARD; answer
     "searches, then answers": ([SEARCH, RIGHT], "i", "Paris"),
-    "answers at once": (["<think> I know </think>\n" + RIGHT], "", "Paris"),
-    "answers wrongly": ([SEARCH, "<answer> Rome </answer>"], "i", "Rome"),
+    "answers at once, wrongly": (["<think> I know </think>\n<answer> Rome </answer>"], "", "Rome"),
     "finds nothing": ([NO_HIT, RIGHT], "0", "Paris"),
     "asks nothing": (["<search></search>", RIGHT], "0", "Paris"),
     "opens a search twice": (["<search> zebra " + SEARCH, RIGHT], "i", "Paris"),
     "forgets the tag": ([FORGETS, END, RIGHT], "cc", "Paris"),
     "runs into the token limit": (["hm " * 99, "x" * 99, "<answer> Paris" + "x" * 99], "cc", None),
-    "closes a search it never opened": (["capital </search>", RIGHT], "c", "Paris"),
-    "closes an answer it never opened": (["Paris </answer>", RIGHT], "c", "Paris"),
+    "closes what it never opened": (["capital </search>", "Paris </answer>", RIGHT], "cc", "Paris"),
     "opens an answer, closes it a turn later": (["<answer> Paris" + END, "</answer>", RIGHT], "cc", "Paris"),
     "answers inside a search": (["<search> <answer> or <answer> Paris </answer>"], "", "Paris"),
     "searches in the last turn": ([SEARCH, NO_HIT, SEARCH], "i0", None),
@@ -369,18 +330,18 @@ def test_every_branch_of_the_episode():
         assert e.searches == [[FRANCE[0]["contents"]] * (f == "i") for f in follows.replace("c", "")], name
         spoken = between("answer", env.decode(e.ids[e.start:]))
         assert (spoken, e.reward) == (answer, float(answer == "Paris")), name
-        assert llds.action_ids(torch.tensor([e.action_id]) > 0).tolist() == [e.action_id], name
 
 def test_prompts():
     """Our wording, or the question's own `prompt`; the tokenizer's chat template with its special tokens."""
     e = world(prompt="Say {question}").reset({"question": "{x}", "prompt": None})
     assert bpe().decode(e.ids) == "Say {x}"
-    question = {"prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]}
-    chat = PreTrainedTokenizerFast(tokenizer_object=bpe().backend_tokenizer, eos_token=END, chat_template=(
-        "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}"))
-    for tok, text in ((bpe(), "Be brief.\nWho?"), (chat, f"{START}system: Be brief.{END}{START}user: Who?{END}{START}")):
-        e = world(tok).reset(question | {"question": "?"})
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who?"}]
+    chat = copy.deepcopy(bpe())
+    chat.chat_template = ("{% for m in messages %}<|im_start|>{{m.role}}: {{m.content}}<|im_end|>{% endfor %}"
+                          "{% if add_generation_prompt %}<|im_start|>{% endif %}")
+    full = f"{START}system: Be brief.{END}{START}user: Who?{END}{START}"
+    for tok, text in ((bpe(), "Be brief.\nWho?"), (chat, full)):
+        e = world(tok).reset({"question": "?", "prompt": messages})
         assert tok.decode(e.ids) == text and e.ids.count(tok.eos_token_id) == text.count(END)
         assert e.start == len(e.ids) == len(e.action_id) and not any(e.action_id)
     env, short, long = world(max_length=10), {"question": "x" * 9, "hops": 2}, {"question": "x" * 10, "hops": 2}
@@ -396,18 +357,17 @@ def feedback(e):
 
 @pytest.mark.parametrize("tok", [bpe, lambda: built_in()[0]], ids=["bpe", "built-in"])
 @pytest.mark.parametrize("attack", [
-    RIGHT, "</information> " + RIGHT, f"{END}{START}<eos><unk>", "</infor</information>mation>", "<information>",
-    "<</information>/information>", "</answer", "<", "\n\n</information>\n\n", "</answer>\n\n" + SEARCH])
+    RIGHT, "</information> " + RIGHT, f"{END}{START}<eos><unk>", "</infor</information>mation>", "<",
+    "</answer", "<</information>/information>", "<information>", "</information>\n\n", "</answer>" + SEARCH])
 def test_hostile_documents(tok, attack):
     """In title or text: it neither ends the episode nor scores, and the block ends only where we end it."""
-    tok = tok()
-    document = f'"{attack}"\ncapital {attack}{attack} <answer> Paris{attack}'
+    tok, document = tok(), f'"{attack}"\ncapital {attack}{attack} <answer> Paris{attack}'
     env = world(tok, [{"contents": document}, {"contents": attack + " capital"}], top_k=2)
     e = act(env, "?", ["<search> capital </search>", "Paris </answer>", "> Paris" + tok.eos_token])
     assert (e.turn, e.reward, e.answer_start, len(e.searches[0])) == (3, 0.0, None, 2)
     text = env.decode(feedback(e)).strip()
     assert text.startswith("<information>") and text.endswith("</information>")
-    assert re.findall("</?(?:think|search|information|answer)>", text) == ["<information>", "</information>"]
+    assert len(re.findall("</?(?:think|search|information|answer)>", text)) == 2
     assert not (set(tok.added_tokens_decoder) - {tok.unk_token_id}) & set(feedback(e))  # no special token
 
 @pytest.mark.parametrize("limit", [32, 33, 60])
@@ -431,15 +391,12 @@ def test_an_action_ends_with_its_tag_however_it_is_split():
         pieces = [rng.choice([[part], [*part], [part[:2], part[2:]]]) for part in rng.choices(parts, k=40)]
         action = encode(tok, list(chain(*pieces)))
         action.insert(rng.randrange(120), tok.eos_token_id)
-        e = llds.Episode({"golden_answers": []}, before[:], [0] * len(before), len(before))
-        for n, token in enumerate(action[:40], 1):
-            e.ids.append(token)
-            e.action_id.append(1)
-            names = tok.convert_ids_to_tokens(action[:n])
-            tag = re.search("</(search|answer)>", "".join(names))
-            assert env.complete(e) == bool(tag or token == tok.eos_token_id or n == 40), names
-            if env.complete(e):
-                break
+        e, complete = llds.Episode({"golden_answers": []}, before[:], [0] * len(before), len(before)), False
+        while not complete:
+            e.ids.append(action[len(e.ids) - len(before)])
+            names = tok.convert_ids_to_tokens(e.ids[len(before):])
+            tag, complete = re.search("</(search|answer)>", "".join(names)), env.complete(e)
+            assert complete == bool(tag or names[-1] == END or len(names) == 40), names
         env.respond([e])
         opens = "".join(names)[:tag.start()].rfind("<answer>") if tag and tag[1] == "answer" else -1
         ends[tag and tag[0], opens >= 0] += 1
@@ -456,63 +413,60 @@ def agent(seed, max_length=math.inf, **flags):
     torch.manual_seed(seed)
     tok, model = built_in()
     model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))    # untied, with a bias
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.dim() > 1:
-                weight.normal_(0, .25)
-        for token, fondness in LIKES.items():
-            model.lm_head.bias[tok.convert_tokens_to_ids(token)] = fondness
-    questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": [*tok.get_vocab()][::2]}
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, 0, .25)
+    for token, fondness in LIKES.items():
+        model.lm_head.bias.data[tok.convert_tokens_to_ids(token)] = fondness
+    right = [*tok.get_vocab()][::2]
+    questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": right}
                  for i, q in enumerate(QUESTIONS[:7])]
-    env = world(tok, FRANCE, max_length, **dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags)
+    cfg = dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags
+    env = world(tok, FRANCE, max_length, **cfg)
     env.retriever.search = lambda queries, k: [PASSAGES[len(query) % 6:][:k] for query in queries]
     return model.double(), env, questions
 
 @torch.no_grad()
-def same(model, env, questions, group=1, rows=99):
-    """Greedy rollout() does what the plain model does, one row at a time; returns its episodes."""
-    env.cfg.rollout_batch = rows
-    episodes = llds.rollout(model, env, questions, group, 0.0)
-    played = [play(env, question, lambda e: int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax()))
-              for question in questions]
-    assert episodes == [e for e in played for _ in range(group)]
-    return episodes
-
 def test_rollout_equals_one_row_at_a_time():
-    """With a row for each episode and with fewer; episodes as long as can be; a context that is full early."""
-    seen, longest, full = Counter(), dict(max_new_tokens=1, max_feedback_tokens=20), dict(max_length=50)
+    """Greedily, what the plain model does: with a row for each episode and with fewer; for episodes as long
+    as can be; in a context that is full early."""
+    seen, longest, short = Counter(), dict(max_new_tokens=1, max_feedback_tokens=20), dict(max_length=18)
     for seed, (group, rows, flags) in enumerate([
-            (1, 99, {}), (3, 7, {}), (1, 1, dict(max_new_tokens=4)), (1, 3, dict(max_new_tokens=17)), (2, 2, {}),
-            (1, 5, dict(max_turns=1)), (1, 99, longest), (4, 11, full), (1, 99, full), (1, 4, dict(top_k=1))]):
-        model, env, questions = agent(seed, **flags)
-        for e in same(model, env, questions, group, rows):
+            (1, 99, {}), (3, 7, {}), (1, 1, dict(max_new_tokens=4)), (1, 3, dict(max_new_tokens=17)),
+            (1, 5, dict(max_turns=1)), (1, 99, longest), (3, 7, longest), (4, 11, dict(max_length=38)),
+            (1, 4, short), (2, 2, short), (1, 99, {})]):
+        model, env, questions = agent(seed, rollout_batch=rows, **flags)
+        if seed == 10:  # 28 rows: a row waits until three others do
+            questions = [q | {"question": q["question"] + " Kabul" * n} for q in questions for n in range(4)]
+        def likeliest(e):
+            return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
+        played = [play(env, question, likeliest) for question in questions]
+        assert llds.rollout(model, env, questions, group, 0.0) == [e for e in played for _ in range(group)]
+        for e in played:
             assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn
             seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
-                        answers=e.answer_start is not None, full=len(e.ids) == 50,
+                        answers=e.answer_start is not None, full=len(e.ids) == env.max_length,
                         no_room=e.answer_start is None and e.turn <= env.cfg.max_turns)
-    assert len(seen) == 6 and min(seen.values()) > 3, seen
+    assert len(seen) == 6 and min(seen.values()) > 1, seen
 
 @pytest.mark.parametrize("group, rows", [(1, 99), (3, 7)])
 def test_prompt_and_feedback_are_read_once(group, rows):
     """A group's prompt by one of its rows, feedback by the row that it is for; all else is one token wide."""
-    (model, env, questions), read = agent(21), []
+    (model, env, questions), read = agent(21, rollout_batch=rows), []
     model.base_model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
-    env.cfg.rollout_batch = rows
     feedbacks = sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
     assert sum(n for n, width in read if width > 1) == len(questions) + feedbacks > len(questions)
 
 def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
     """With one row in the cache every call of the sampler is a token of an action, in order."""
     (model, env, questions), said, multinomial = agent(22, rollout_batch=1), [], torch.Tensor.multinomial
-
     def sampler(p, n):
         token = multinomial(p, n)
         said.append(p.gather(1, token).log().item())
         return token
-
     monkeypatch.setattr(torch.Tensor, "multinomial", sampler)
     episodes = llds.rollout(model, env, questions, 1, 1.3)
-    b = llds.collate(episodes, 1)
+    b = llds.collate(episodes, 7)
     logp, _ = llds.token_logps(model, b.ids, b.action_id, 1.3)
     near(logp[b.action_id > 0].detach(), said, 1e-4, 1e-5)
     assert sum(len(e.searches) for e in episodes) > 0
@@ -524,15 +478,12 @@ def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch
 def test_token_logps_equal_those_of_full_logits(temperature, chunk):
     """Values, exact entropy, each parameter's gradient; 0 outside actions. 3: less than the actions have."""
     model, env, questions = agent(23)
-    b = llds.collate(llds.rollout(model.float(), env, questions, 1, temperature), 1)
+    b = llds.collate(llds.rollout(model.float(), env, questions, 1, temperature), 7)
     weight = torch.randn(b.ids.shape)                                      # (N, T)
-
     def solved(logp, entropy):
-        grads = torch.autograd.grad((logp * weight).sum(), [*model.parameters()])
-        return [logp.detach(), entropy.detach(), *grads]
-
+        return [logp, entropy, *torch.autograd.grad((logp * weight).sum(), [*model.parameters()])]
     full = (model(b.ids).logits[:, :-1] / temperature).log_softmax(-1)     # column t predicts t + 1
-    full = full.gather(2, b.ids[:, 1:, None])[..., 0], -(full.exp() * full).sum(-1)
+    full = full.gather(2, b.ids[:, 1:, None])[..., 0], -(full.exp() * full).sum(-1).detach()
     want = solved(*(pad(x, (1, 0)) * (b.action_id > 0) for x in full))
     got = solved(*llds.token_logps(model, b.ids, b.action_id, temperature, chunk))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
@@ -548,23 +499,22 @@ def stepped(micro_batch_tokens=800, rate=0.3, **flags):
     cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=".5",
                              micro_batch_tokens=micro_batch_tokens) | flags)
     learner = llds.start_run(model, llds.snapshot(model), 1.0, cfg)
-    learner.start, learner.optimizer = llds.snapshot(agent(31)[0].float()), torch.optim.SGD(model.parameters(), rate)
+    learner.start, learner.optimizer = agent(31)[0].state_dict(), torch.optim.SGD(model.parameters(), rate)
     torch.manual_seed(0)                                                   # the same plan for everyone
     metrics, b = llds.train_step(learner, episodes, cfg)
-    assert all(p.grad is None for p in model.parameters())
     return SimpleNamespace(metrics=metrics, batch=b, model=model, episodes=episodes,
                            weights=[p.detach() for p in model.parameters()])
 
 @pytest.mark.parametrize("gate", GATES)
 def test_llds_acts_from_the_second_update_on(gate):
     """At the first, new = old to the last bit: rounding alone would open the gates at full strength."""
-    for flags in (dict(mini_batches=1, num_iterations=1), dict(rate=0.0)):  # a first update; weights stand still
+    for flags in (dict(mini_batches=1, num_iterations=1), dict(rate=0.0)):  # a first update; none moves
         metrics = stepped(llds_gate=gate, **flags).metrics
         assert metrics["llds"] == metrics["llds_gate_frac"] == 0.0 and metrics["ratio_max"] == 1.0
-    metrics = stepped(llds_gate=gate, mini_batches=1).metrics              # a second one, on the same rollouts
+    metrics = stepped(llds_gate=gate, mini_batches=1).metrics             # a second one, on the same rollouts
     assert metrics["llds"] > 0 and metrics["ratio_max"] > 1 and metrics["kl"] > 0
 
-def test_micro_batches_do_not_change_the_update():
+def test_micro_batches_do_not_change_the_update(monkeypatch):
     want, *others = [stepped(tokens) for tokens in (10 ** 6, 800, 1)]
     for other in others:
         assert other.metrics == pytest.approx(want.metrics, rel=1e-3, abs=1e-5, nan_ok=True)
@@ -572,22 +522,26 @@ def test_micro_batches_do_not_change_the_update():
     assert want.metrics["clip_frac"] > 0 and want.metrics["llds_gate_frac"] > 0
     for knob in (dict(beta=0.0), dict(clip=9.0), dict(answer_weight="1"), dict(llds_gate="token"),
                  dict(temperature=2.0)):
-        other = stepped(10 ** 6, **knob)
-        assert any(not torch.equal(*pair) for pair in zip(other.weights, want.weights)), knob
+        assert not all(map(torch.equal, stepped(10 ** 6, **knob).weights, want.weights)), knob
+    for name in ("policy_loss", "llds_penalty"):  # one micro-batch: its own mean is that of the mini-batch
+        own_mean = partial(lambda loss, *args: loss(*args[:-1]), getattr(llds, name))
+        monkeypatch.setattr(llds, name, own_mean)
+    assert all(map(torch.equal, stepped(10 ** 6).weights, want.weights))
+    frozen = stepped(10 ** 6, freeze_embeddings=True)
+    assert torch.equal(frozen.weights[0], agent(30)[0].float().get_input_embeddings().weight)
 
 def test_metrics_by_hand():
     """Of right and wrong responses, of actions and numbers of searches; what fell during the step."""
     run = stepped()
     rows, b = run.episodes, run.batch
-    tokens = [(e, k, b.old_logp[i, t].item()) for i, e in enumerate(rows) for t, k in enumerate(e.action_id) if k]
-
+    tokens = [(e, k, b.old_logp[i, t].item())
+              for i, e in enumerate(rows) for t, k in enumerate(e.action_id) if k]
     def logp(keep):
         return fmean([x for e, k, x in tokens if keep(e, k)] or [math.nan])
-
     now, _ = llds.token_logps(run.model, b.ids, b.action_id)
-    fell = [(now[i] - b.old_logp[i]).sum() < -1e-3 for i, e in enumerate(rows) if e.reward]
+    fell = [float((now[i] - b.old_logp[i]).sum() < -1e-3) for i, e in enumerate(rows) if e.reward]
     want = {"reward": fmean(e.reward for e in rows), "searches": fmean(len(e.searches) for e in rows),
-            "action_tokens": len(tokens) / len(rows), "displaced": sum(fell).item() / len(fell),
+            "action_tokens": len(tokens) / len(rows), "displaced": fmean(fell),
             "zero_std_groups": fmean(len({e.reward for e in rows[i:i + 4]}) == 1 for i in range(0, 28, 4)),
             "logp_correct": logp(lambda e, k: e.reward), "logp_wrong": logp(lambda e, k: not e.reward),
             **{f"logp_action{n}": logp(lambda e, k: k == n and e.reward) for n in (1, 2)},
@@ -597,28 +551,58 @@ def test_metrics_by_hand():
     weight = stepped(answer_weight="adaptive").metrics["answer_weight"]
     assert weight == pytest.approx(want["searches"] / 2) and 0 < weight < 1
 
-def test_first_action_match_by_hand():
-    """One: the right response found a; the wrong ones a, then b; b, then a; nothing; nothing: 1 of 4. Two:
-    two right ones did not search, one found a; the wrong ones a, nothing: 1 of 2. Three: none is right."""
-    def of(*pairs):
-        return [SimpleNamespace(searches=[[name] for name in found], reward=float(r)) for found, r in pairs]
+def test_mini_batches_hold_whole_groups_and_micro_batches_fit():
+    lengths = [3, 9, 4, 4, 8, 2, 30, 1, 5, 5]                              # five groups of two
+    episodes = [SimpleNamespace(ids=[0] * length) for length in lengths]
+    plan = [[rows.tolist() for rows in mini_batch] for mini_batch in llds.split(episodes, 2, 3, 18)]
+    assert sorted(len(sum(mini_batch, [])) for mini_batch in plan) == [2, 4, 4]
+    assert all(r ^ 1 in sum(mini_batch, []) for mini_batch in plan for r in sum(mini_batch, []))
+    assert sorted(sum(chain(*plan), [])) == [*range(10)]
+    assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= 18 for rows in chain(*plan))
 
-    one = of(("a", 1), ("ab", 0), ("ba", 0), ("", 0), ("", 0))
-    two, three = of(("", 1), ("a", 0), ("a", 1), ("", 0), ("", 1)), of(*[("a", 0)] * 5)
-    assert llds.first_action_match(one, 5) == 1 / 4 and llds.first_action_match(two, 5) == 1 / 2
-    assert llds.first_action_match(one + two + three, 5) == 2 / 6
-    assert math.isnan(llds.first_action_match(three, 5))
+def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_update(tmp_path):
+    """Evaluation asks the intact one. A search counts as what it would have found."""
+    cfg = llds.Config(questions_per_step=4, mini_batches=2, warmup_ratio=1.0)
+    model, env, questions = agent(35)
+    noisy, rollouts, rollout = copy.copy(env), [], llds.rollout
+    noisy.retriever = ErringRetriever(env.retriever, PASSAGES[100:], 1.0)
+    cfg.steps = 2                                                          # four updates to warm up
+    learner = llds.start_run(model, None, 0.1, cfg)
+    cfg.steps = 1                                                          # two of them
+
+    def watched(model, env, *rest, **flags):
+        rollouts.append((env, rollout(model, env, *rest, **flags)))
+        return rollouts[-1][1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llds, "rollout", watched)
+        llds.train(learner, noisy, env, questions, questions, tmp_path, cfg)
+    near(learner.scheduler.get_last_lr(), [cfg.learning_rate / 2])
+    (first, episodes), (second, _) = rollouts
+    assert first is noisy and second is env
+    searched = [e for e in episodes if e.searches and e.searches[0]]
+    right = {passage["contents"] for passage in PASSAGES[:100]}
+    assert searched and all(set(found) <= right for e in searched for found in e.searches)
+
+def test_first_action_match_by_hand():
+    """One: the right response found a, then c; the wrong ones a, b; b, a; nothing; nothing: 1 of 4. Two: two
+    right ones did not search, one found a; the wrong ones a; nothing: 1 of 2. Three: none is right."""
+    one, three = (("ac", 1), ("ab", 0), ("ba", 0), ("", 0), ("", 0)), (("a", 0),) * 5
+    two = (("", 1), ("a", 0), ("a", 1), ("", 0), ("", 1))
+    for groups, want in ((one, 1 / 4), (two, 1 / 2), (one + two + three, 2 / 6), (three, math.nan)):
+        episodes = [SimpleNamespace(searches=[[name] for name in found], reward=r) for found, r in groups]
+        near(llds.first_action_match(episodes, 5), want)
 
 def test_evaluation_tells_sets_apart(monkeypatch):
     """Greedily: exact match and searches of all, by set, and the mean of the sets, of whatever size."""
     rows = [("a", 1, 2), ("a", 0, 1), ("a", 0, 0), ("b", 1, 1), (None, 1, 3)]   # set, reward, searches
-    played = [llds.Episode({"set": name}, [], [], 0, reward=reward, searches=[[]] * n) for name, reward, n in rows]
+    played = [llds.Episode({"set": name}, [], [], 0, reward=r, searches=[[]] * n) for name, r, n in rows]
     monkeypatch.setattr(llds, "rollout", lambda *_, temperature: played if temperature == 0 else [])
     assert llds.evaluate(None, None, []) == pytest.approx(dict(
-        eval_em=3 / 5, eval_searches=7 / 5, eval_em_a=1 / 3, eval_searches_a=1, eval_em_b=1, eval_searches_b=1,
-        eval_em_average=2 / 3))
-    del played[3:]                                                         # one set alone
-    assert llds.evaluate(None, None, []).keys() == {"eval_em", "eval_searches", "eval_em_a", "eval_searches_a"}
+        eval_em=3 / 5, eval_em_a=1 / 3, eval_em_b=1, eval_em_average=2 / 3,
+        eval_searches=7 / 5, eval_searches_a=1, eval_searches_b=1))
+    del played[3:]
+    assert "eval_em_average" not in llds.evaluate(None, None, [])          # of one set
 
 def test_bfloat16_products_with_float32_weights(monkeypatch):
     """Rollout and log-probabilities under autocast: a bfloat16 cache, values near the float32 ones."""
@@ -637,12 +621,12 @@ def test_bfloat16_products_with_float32_weights(monkeypatch):
 def test_gradient_checkpointing_computes_again_and_changes_nothing():
     (plain, env, questions), calls = agent(38), []
     ours = built_in(gradient_checkpointing=True)[1]
-    ours.lm_head = torch.nn.Linear(ours.config.hidden_size, len(env.tok))
+    ours.lm_head = copy.deepcopy(plain.lm_head)
     ours.double().load_state_dict(plain.state_dict())
     ours.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     episodes = llds.rollout(plain, env, questions, temperature=0.0)
     assert llds.rollout(ours, env, questions, temperature=0.0) == episodes and not any(calls)
-    b = llds.collate(episodes * 2, 14)
+    b = llds.collate(episodes, 7)
     for model in (plain, ours):
         llds.token_logps(model, b.ids, b.action_id)[0].sum().backward()
     assert sum(calls) == 2                                                 # forward, and again in backward
@@ -653,13 +637,13 @@ def test_an_update_without_a_finite_gradient_is_skipped():
     learner = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0))
     learner.scheduler = torch.optim.lr_scheduler.ConstantLR(learner.optimizer, 1.0)
     start = llds.snapshot(model)
-    for x, skipped in ((math.inf, True), (1.0, False)):
+    for x, size in ((math.inf, 0), (1.0, 1)):                              # of the step: none, or cut to 1
         (model(torch.ones(1, 2)) * x).sum().backward()
         norm = llds.optimizer_step(learner)
         change = torch.cat([(p.detach() - start[name]).flatten() for name, p in model.named_parameters()])
-        assert math.isfinite(norm) != skipped and all(p.grad is None for p in model.parameters())
-        near(change.norm(), 0 if skipped else 1, 1e-3)                     # clipped to 1
-    near(norm, 3 ** .5)                                                    # of (1, 1) and 1, before clipping
+        assert math.isfinite(norm) == bool(size) and all(p.grad is None for p in model.parameters())
+        near(change.norm(), size, 1e-3)
+    near(norm, 3 ** .5)                                                    # of (1, 1) and 1, before it is cut
 
 # --------------------------------------------------------------------------------------------- the README
 def snippet(word):
@@ -672,22 +656,23 @@ def snippet(word):
 def test_the_readme_loop_runs_and_is_silent_at_first():
     """One distribution over three words. Right responses are 0 0 1, wrong ones 0 0 0: word 0 is pushed down
     and right ones lose 2 for each 1 that they gain by word 1."""
-    weights = torch.zeros(3).requires_grad_()
+    weights, updates = torch.zeros(3, requires_grad=True), snippet("def updates(")["updates"]
     words = torch.tensor([[2, 0, 0, 2, i % 3 == 0] for i in range(4)]).long()
-    run = snippet("def updates(")["updates"]
-    first, *later = run(lambda: weights.log_softmax(dim=0)[words], torch.optim.SGD([weights], 0.5),
-                        torch.tensor([[0, 1, 1, 0, 1]] * 4), torch.tensor([1., 0, 0, 1]), 2, 4)
+    first, *later = updates(lambda: weights.log_softmax(dim=0)[words], torch.optim.SGD([weights], 0.5),
+                            torch.tensor([[0, 1, 1, 0, 1]] * 4), torch.tensor([1., 0, 0, 1]), 2, 4)
     assert first == 0 and len(later) == 3 and max(later) > 0
 
 def test_the_readme_probe():
-    """Each question is learned alone, from the same weights: the order does not matter. GRPO alone lowers some,
-    with LLDS they lose less."""
+    """Each question is learned alone, from the same weights. GRPO lowers some, with LLDS they lose less."""
     model, env, questions = agent(34)
-    before, probe = llds.snapshot(model.float()), snippet("def probe(")["probe"]
+    before, probe, changes = llds.snapshot(model.float()), snippet("def probe(")["probe"], []
     cfg = llds.Config(group_size=8, num_iterations=3, learning_rate=1e-2)
-    plain, ours = probe(model, env, questions, cfg), probe(model, env, questions, cfg, llds_lambda=4.0)
-    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
-    assert len(plain) > 1 and min(plain.values()) < 0 and min(ours.values()) > min(plain.values())
+    for llds_lambda in (0.0, 4.0):
+        torch.manual_seed(0)                                               # the same rollouts
+        changes.append(probe(model, env, questions, cfg, llds_lambda))
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    plain, ours = [list(change.values()) for change in changes]
+    assert len(plain) == len(ours) > 1 and min(plain) < 0 and sum(ours) > sum(plain)
 
 @pytest.mark.skipif(not find_spec("trl"), reason="needs trl")
 @pytest.mark.parametrize("updates", [1, 2])
@@ -708,10 +693,10 @@ def test_the_readme_trainer_for_trl(updates, tmp_path):
 
 def test_the_memory_table_is_what_its_formula_says(capsys):
     snippet("def gigabytes")
-    said = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert said == [[*row] for row in re.findall(r"^\| (\S+B) \| ([\d.]+) \| ([\d.]+) \| \d+ GB", README, re.M)]
-    assert said
+    rows = re.findall(r"^\| (\S+B) \| ([\d.]+) \| ([\d.]+) \| \d+ GB", README, re.M)
+    assert capsys.readouterr().out.splitlines() == [" ".join(row) for row in rows] != []
 
+# --------------------------------------------------------------------- retriever.py: texts, questions, servers
 @contextmanager
 def ends(capsys, why):
     """The program ends there with status 2 and one line that says why."""
@@ -1004,9 +989,6 @@ RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 
     --mini_batches 2 --max_turns 1 --max_new_tokens 20 --max_feedback_tokens 40 --beta 0.01 --retrieval_noise 0.2
     --answer_weight adaptive --warmup_ratio 0.5 --llds_lambda 0.5 0 --corpus small.jsonl --train_data q.jsonl
     --eval_data q.jsonl --output_dir out""".split()
-PROMISED = """reward logp_correct logp_wrong logp_action1 logp_0searches entropy grad_norm ratio_max clip_frac
-    kl llds llds_gate_frac answer_weight searches first_action_match action_tokens zero_std_groups displaced
-    skipped_updates seconds""".split()
 GONE = "the server is gone"
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
     "in a step": (llds, "update", 11, signal.SIGKILL, -9, 1),              # of lambda 0, step 3
@@ -1017,14 +999,13 @@ DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy of the folder,
-    and dies. Half of all names are right answers, so that an agent fresh from a short warm start meets both rewards."""
+    """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy, and dies.
+    Half of all names are right answers: an agent fresh from a short warm start meets both rewards."""
     here, parent, calls, status = tmp_path_factory.mktemp("whole"), os.getpid(), Counter(), {}
     right = sorted({name for q in QUESTIONS[:30] for name in q["path"]})[::2]
     rows = [q | {"golden_answers": right, "set": f"{q['hops']}hop"} for q in QUESTIONS[:30]]
     (here / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (here / "small.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PASSAGES[:10]))
-
     def deadly(what, real, *args, **flags):
         calls[what] += 1
         for name, (_, function, number, end, _, _) in DEATHS.items():
@@ -1038,22 +1019,17 @@ def whole(tmp_path_factory):
                     raise OSError(end)
                 os.kill(os.getpid(), end)
         return real(*args, **flags)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
-        for module, what, *_ in DEATHS.values():
-            if what not in calls:
-                calls[what] = 0
-                patch.setattr(module, what, partial(deadly, what, getattr(module, what)))
+        for module, what in {death[:2] for death in DEATHS.values()}:
+            patch.setattr(module, what, partial(deadly, what, getattr(module, what)))
         try:
             llds.main(RUN)
         finally:
             if os.getpid() != parent:
-                error = sys.exc_info()[1]
-                os._exit(error.code if isinstance(error, SystemExit) else 99)
+                os._exit(getattr(sys.exc_info()[1], "code", 99))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert status == {name: death[4] for name, death in DEATHS.items()}
-    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
-        signal.signal(number, handler)
     return here
 
 def outcome(folder):
@@ -1062,25 +1038,23 @@ def outcome(folder):
     for run in (folder / "out/lambda_0.5", folder / "out/lambda_0"):
         lines = (run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-        assert all(set(PROMISED) <= set(row) for row in rows)
-        found[run.name] = [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+        found[run.name] = [row for row in rows if row.pop("seconds")]
         found[run.name, "weights"] = (run / "model.safetensors").read_bytes()
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
     return found
 
 def test_three_steps_from_the_command_line(whole, capsys, monkeypatch):
     """Two lambdas, one training each, from one start and one seed; then the saved model answers."""
-    first, second = [rows for rows in outcome(whole).values() if isinstance(rows, list)]
+    first, _, second, _ = outcome(whole).values()
     for rows in (first, second):
         assert [(row["step"], "eval_em_2hop" in row) for row in rows] == [(1, False), (2, True), (3, True)]
-    assert first[0]["logp_correct"] == second[0]["logp_correct"] and first[0]["entropy"] == second[0]["entropy"]
+    assert all(first[0][name] == second[0][name] for name in ("reward", "logp_wrong", "entropy", "searches"))
     assert 0 < first[0]["reward"] < 1 and first[2]["entropy"] != second[2]["entropy"]
     monkeypatch.chdir(whole)
     lines = Path("q.jsonl").read_text().splitlines(keepends=True)
     Path("a.jsonl").write_text("".join(lines[:5]))
     Path("b.jsonl").write_text("".join(lines[5:]))
     trained = ["--model", "out/lambda_0", "--eval_data", "a.jsonl,b.jsonl"]
-    assert llds.parse_config(trained).max_new_tokens == 20                 # a run's own flags
     llds.main([*trained, "--ask", "What is the capital of France?"])
     said = capsys.readouterr().out
     assert "What is the capital of France?" in said and "[[" in said and "\033" not in said
@@ -1095,46 +1069,49 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     monkeypatch.chdir(whole.with_name(name))
     steps, train_step = [], llds.train_step
     monkeypatch.setattr(llds, "train_step", lambda *args: steps.append(1) or train_step(*args))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
     llds.main(["--resume", "out", "--rollout_batch", "99"])
     assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in capsys.readouterr().out
     assert outcome(Path.cwd()) == outcome(whole)
+    assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
 
 BAD = {  # flags: what the sentence names
     "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size",
-    "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temperature",
-    "--answer_weight 1.5": "--answer_weight", "--answer_weight x": "--answer_weight", "--max_turns 0": "--max_turns",
-    "--retrieval_noise 40": "--retrieval_noise", "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--mini_batches 9 --questions_per_step 8": "--mini_batches",
-    "--ask Who?": "--model", "--hops 3": "3 hops", "--corpus no.jsonl": "no.jsonl", "--eval_data no.jsonl": "no.jsonl",
-    "--model odd": "odd", "--model bare": "bare", "--model window": "sliding_window", "--output_dir odd": "odd",
-    "--output_dir file/x": "file", "--resume odd": "flags.json", "--resume run": "no checkpoint",
-    "--resume run --model bare": "--model"}
+    "--hops 3": "--hops 3", "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate",
+    "--temperature 0": "--temperature", "--answer_weight 1.5": "--answer_weight",
+    "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retrieval_noise 40": "--retrieval_noise",
+    "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--resume run --eval": "no checkpoint",
+    "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--corpus no.jsonl": "no.jsonl",
+    "--eval_data no.jsonl": "no.jsonl", "--model odd": "odd", "--model bare": "bare",
+    "--model window": "sliding_window", "--output_dir odd": "odd", "--output_dir file/x": "file",
+    "--resume odd": "flags.json", "--resume run": "no checkpoint", "--resume run --model bare": "--model"}
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for folder, config in (("odd", {}), ("bare", {"model_type": "qwen2"}), ("run", {})):   # without weights
-        Path(folder).mkdir()
-        Path(folder, "config.json").write_text(json.dumps(config))
-    Path("run/flags.json").write_text("{}")
-    tok, model = built_in()
-    model.config.use_sliding_window, model.config.sliding_window = True, 4  # the rollout would not know of it
-    model.save_pretrained("window")
-    tok.save_pretrained("window")
+    for file, text in (("odd/config.json", "{}"), ("bare/config.json", '{"model_type": "qwen2"}'),
+                       ("run/flags.json", "{}")):
+        Path(file).parent.mkdir()
+        Path(file).write_text(text)                                        # no weights
+    if "window" in flags:                                                  # the rollout would not know of it
+        model = built_in()[1]
+        model.config.use_sliding_window, model.config.sliding_window = True, 4
+        model.save_pretrained("window")
+        bpe().save_pretrained("window")
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         llds.main(flags.split())
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "error: " in said and BAD[flags] in said, said
+    assert "error: " in said and BAD[flags] in said, said
 
 def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkeypatch, capsys):
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
-
     monkeypatch.setattr(llds, "load_corpus", full)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit, match="2"):
         llds.main([])
-    assert stop.value.code == 2 and "--micro_batch_tokens" in capsys.readouterr().err
+    assert "--micro_batch_tokens" in capsys.readouterr().err
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
         assert ("WARNING" in capsys.readouterr().err) == (llds_lambda != "0")
@@ -1143,45 +1120,34 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
 def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
     from matplotlib import pyplot
     pyplot.switch_backend("agg")
-    rows = [dict(step=t, logp_correct=None if t == 2 else -t, entropy=t, grad_norm=1, reward=t, displaced=0,
-                 eval_em=t if t % 2 else None) for t in range(1, 6)]
-    llds.report({"lambda 0": rows, "lambda 0.5": rows[:4]}, tmp_path / "curves.png")
-    axes = pyplot.gcf().axes
-    assert [axis.get_title() for axis in axes] == [*llds.CURVES] and (tmp_path / "curves.png").stat().st_size
-    assert all(len({line.get_color() for line in axis.lines}) == 2 for axis in axes)
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["lambda 0", "lambda 0.5"]
-    assert axes[0].lines[0].get_xydata().tolist() == [[1, 1], [3, 3], [5, 5]]     # where it was evaluated
-    assert "logp_correct   -1.000 ->  -5.000  █▄▂▁" in capsys.readouterr().out
+    rows = [dict.fromkeys(llds.CURVES, None if t == 2 else t) | {"step": t} for t in (1, 2, 3)]
+    llds.report({"lambda 0": rows, "lambda 0.5": rows[:2]}, tmp_path / "curves.png")
+    for axis in pyplot.gcf().axes:
+        assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 1], [3, 3]], [[1, 1]]]
+    assert (tmp_path / "curves.png").stat().st_size and "1.000 ->   3.000  ▁█" in capsys.readouterr().out
 
-# ----------------------------------------------------------- python test_llds.py bench [--model PATH]
+# ------------------------------------------------------------- python test_llds.py bench [--model PATH]
 CUDA = __name__ == "__main__" and torch.cuda.is_available()
 
-def race(repeats, works):
-    """{name: median seconds} of works that take turns. Seconds of the wall with a GPU, else of this process."""
-    seconds = {name: [] for name in works}
-    for name, work in [*works.items()] * repeats:
-        marks = []
-        for part in (lambda: None, work):
-            part()
-            marks.append((torch.cuda.synchronize() or time.perf_counter()) if CUDA else time.process_time())
-        seconds[name].append(marks[1] - marks[0])
-    return {name: median(values) for name, values in seconds.items()}
+def clock():
+    """Seconds: of the wall with a GPU, else those this process worked, whatever else the machine runs."""
+    return (torch.cuda.synchronize() or time.perf_counter()) if CUDA else time.process_time()
 
-def say(what, unit, values):
-    """A line: each value and, in brackets, how many times the first it is."""
-    first = next(iter(values.values()))
-    print(f"  {what:20}", *(f"{name} {x:.3g}{unit} ({x / first:.3g})  " for name, x in values.items()), flush=True)
+def race(what, unit, repeats, works):
+    """Median seconds of works that take turns, or what they return; in brackets: how many times the first."""
+    values = {name: [] for name in works}
+    for name, work in [*works.items()] * repeats:
+        begin, value = clock(), work()
+        values[name].append(value if isinstance(value, float) else clock() - begin)
+    first = median(next(iter(values.values())))
+    said = [f"{name} {median(x):.3g}{unit} ({median(x) / first:.3g})" for name, x in values.items()]
+    print(f"  {what:18}", "   ".join(said), flush=True)
 
 class Paced(llds.Environment):
-    """Untrained weights write no tags: each action has a length drawn beforehand, feedback 150 tokens."""
-
-    def reset(self, question):
-        e = super().reset(question)
-        e.lengths = random.choices(range(16, 49), k=self.cfg.max_turns + 1)
-        return e
+    """Untrained weights write no tags: question and turn say when an action ends; feedback is 150 tokens."""
 
     def complete(self, e):
-        return len(e.ids) - e.start == e.lengths[e.turn - 1]
+        return len(e.ids) - e.start == 16 + (sum(e.ids[:9]) + 7 * e.turn) % 33
 
     def respond(self, episodes):
         for e in episodes:
@@ -1195,9 +1161,8 @@ def naive(model, env, questions, group_size, temperature):
     episodes = [env.reset(question) for question in questions for _ in range(group_size)]
     while live := [e for e in episodes if not e.done]:
         width, ended = max(len(e.ids) for e in live), [False] * len(live)
-        ids = torch.tensor([[0] * (width - len(e.ids)) + e.ids for e in live], device=model.device)
-        mask = torch.tensor([[0] * (width - len(e.ids)) + [1] * len(e.ids) for e in live], device=model.device)
-
+        ids = torch.tensor([[0] * (width - len(e.ids)) + e.ids for e in live], device=llds.DEVICE)
+        mask = torch.tensor([[0] * (width - len(e.ids)) + [1] * len(e.ids) for e in live], device=llds.DEVICE)
         def stop(ids, _):
             for r, token in enumerate(ids[:, -1].tolist()):
                 if not ended[r]:
@@ -1205,7 +1170,6 @@ def naive(model, env, questions, group_size, temperature):
                     live[r].action_id.append(live[r].turn)
                     ended[r] = env.complete(live[r])
             return torch.tensor(ended, device=ids.device)
-
         model.generate(ids, attention_mask=mask, stopping_criteria=[stop], do_sample=temperature > 0, top_k=0,
                        max_new_tokens=env.cfg.max_new_tokens, pad_token_id=0, eos_token_id=-1)
         env.respond(live)
@@ -1214,62 +1178,62 @@ def naive(model, env, questions, group_size, temperature):
 @torch.no_grad()
 def bare(model, calls):
     """The limit: the forwards of a rollout, the same tokens in the same shapes, and nothing around them."""
-    cache = llds.SlotCache(max(len(ids) for ids, _ in calls), max(int(position.max()) for _, position in calls) + 1)
+    cache = llds.SlotCache(max(len(ids) for ids, _ in calls), max(int(x.max()) for _, x in calls) + 1)
     for ids, position in calls:
         mask = cache.aim([*range(len(ids))], position)
         model.get_output_embeddings()(model.base_model(ids, mask, position, cache, use_cache=True)[0][:, -1])
 
-def bench_rollout(model, env, questions):
-    """Ours, the naive loop, the limit; greedy, and first in float64: they play the same episodes."""
-    def played(loop, model=model, asked=questions):
-        random.seed(0)                                                     # of the lengths
-        return loop(model, env, asked, 8, temperature=0.0)
-
-    exact, calls = copy.deepcopy(model).double(), []
-    ours, theirs = [played(loop, exact, questions[:1]) for loop in (llds.rollout, naive)]
-    assert [e.ids for e in ours] == [e.ids for e in theirs]
-    hook = model.base_model.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[2])))
-    played(llds.rollout)
-    hook.remove()
-    say("rollout", " s", race(3, {"ours": lambda: played(llds.rollout), "naive": lambda: played(naive),
-                                  "forwards alone": lambda: bare(model, calls)}))
-
-def bench_update(model, episodes, llds_lambda=0.1, penalty=llds.llds_penalty):
-    """A train_step on rollouts that are right or wrong by decree."""
+def update(model, episodes, llds_lambda=0.1):
+    """A train_step on rollouts that are right or wrong by decree; without LLDS if lambda is None."""
     for i, e in enumerate(episodes):
         e.reward = float(i % 3 == 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llds, "llds_penalty", penalty)
+        if llds_lambda is None:
+            nothing = torch.zeros(())
+            patch.setattr(llds, "llds_penalty", lambda *_: (nothing, dict.fromkeys(COUNTS, nothing)))
         cfg = llds.Config(learning_rate=1e-5, warmup_ratio=0.0)
-        llds.train_step(llds.start_run(model, model.state_dict(), llds_lambda, cfg), episodes, cfg)
+        llds.train_step(llds.start_run(model, model.state_dict(), llds_lambda or 0.0, cfg), episodes, cfg)
 
-def no_penalty(*_):
-    names = "preserved_tokens", "penalized_tokens", "units", "open_units"
-    return torch.zeros(()), dict.fromkeys(names, torch.zeros(()))
-
-def bench_trl(model, env, questions, rounds=2):
+def trl(model, env, questions, rounds=2):
     """TRL's trainer with the naive loop, as its own tool loop is: seconds of a rollout and four updates."""
     from trl import GRPOConfig, GRPOTrainer
     begins = []
-
     def played(prompts, trainer):                                          # each question comes eight times
-        begins.append(time.perf_counter() if CUDA else time.process_time())
+        begins.append(clock())
         episodes = naive(trainer.model, env, [{"question": prompt} for prompt in prompts], 1, 1.0)
         starts = [e.action_id.index(1) for e in episodes]
         return {"prompt_ids": [e.ids[:n] for e, n in zip(episodes, starts)], "logprobs": None,
                 "completion_ids": [e.ids[n:] for e, n in zip(episodes, starts)],
                 "env_mask": [[int(k > 0) for k in e.action_id[n:]] for e, n in zip(episodes, starts)]}
-
+    def rewards(prompts, **_):
+        return [float(i % 3 == 0) for i in range(len(prompts))]
     with TemporaryDirectory() as out, redirect_stdout(None):
         args = GRPOConfig(
-            output_dir=out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8, learning_rate=1e-5,
-            per_device_train_batch_size=2 * len(questions), use_cpu=not CUDA, bf16=False, disable_tqdm=True,
+            output_dir=out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8, bf16=False,
+            per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not CUDA,
             gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no")
-        GRPOTrainer(copy.deepcopy(model), lambda prompts, **_: [float(i % 3 == 0) for i in range(len(prompts))],
-                    args, Dataset.from_list([{"prompt": q["question"]} for q in questions]),
-                    processing_class=env.tok, rollout_func=played).train()
-    begins.append(time.perf_counter() if CUDA else time.process_time())
-    return median(after - before for before, after in zip(begins, begins[1:]))
+        data = Dataset.from_list([{"prompt": q["question"]} for q in questions])
+        GRPOTrainer(copy.deepcopy(model), rewards, args, data, processing_class=env.tok,
+                    rollout_func=played).train()
+    return (clock() - begins[0]) / rounds
+
+def bench_model(name, tok, model):
+    print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
+    model.generation_config = GenerationConfig()                           # no penalty, no EOS
+    env, calls = Paced(tok, None, llds.Config(max_new_tokens=48, max_feedback_tokens=150)), []
+    def played(loop=llds.rollout, model=model, temperature=0.0):
+        return loop(model, env, QUESTIONS[:4], 8, temperature)
+    exact = copy.deepcopy(model).double()
+    assert played(model=exact) == played(naive, exact)                   # greedy: the same episodes
+    hook = model.base_model.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[2])))
+    episodes = played()
+    hook.remove()
+    race("rollout", " s", 3, {"ours": played, "naive": lambda: played(naive),
+                              "forwards alone": lambda: bare(model, calls)})
+    race("update", " s", 3, {"without LLDS": lambda: update(model, episodes, None),
+                             "with": lambda: update(model, episodes)})
+    theirs = {"TRL": lambda: trl(model, env, QUESTIONS[:4])} if find_spec("trl") else {}
+    race("rollout and update", " s", 1, {"ours": lambda: update(model, played(temperature=1.0)), **theirs})
 
 def peak(work):
     """MiB in use at most while it works: on the GPU, else in a forked child."""
@@ -1281,75 +1245,55 @@ def peak(work):
     if child == 0:
         work()
         os._exit(0)
-    _, status, usage = os.wait4(child, 0)
-    assert status == 0, "the child failed"
-    return usage.ru_maxrss / 2 ** 10                                       # KiB on Linux
+    return os.wait4(child, 0)[2].ru_maxrss / 2 ** 10                       # KiB on Linux
 
 def bench_logps():
     """token_logps beside (2048, 151936) logits, forward and backward; half of the tokens are feedback."""
-    model = qwen2(vocab_size=151936, hidden_size=64, num_hidden_layers=1)
-    ids = torch.randint(151936, (2, 1024), device=model.device)
-    action_id = (torch.arange(1024, device=model.device) // 64 % 2).repeat(2, 1)
-
+    model, ids = qwen2(151936, 64, 1), torch.randint(151936, (2, 1024), device=llds.DEVICE)
+    action_id = (torch.arange(1024, device=llds.DEVICE) // 64 % 2).repeat(2, 1)
+    def ours():
+        llds.token_logps(model, ids, action_id)[0].sum().backward()
     def full():
         logp = model(ids[:, :-1]).logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
         (logp * action_id[:, 1:]).sum().backward()
-
-    works = {"token_logps": lambda: llds.token_logps(model, ids, action_id)[0].sum().backward(), "full logits": full}
-    least = peak(lambda: None)
-    say("extra peak memory", " MiB", {name: peak(work) - least for name, work in works.items()})
-    say("time", " s", race(2, works))
+    least = peak(int)
+    race("extra peak memory", " MiB", 1, {"token_logps": lambda: peak(ours) - least,
+                                          "full logits": lambda: peak(full) - least})
+    race("time", " s", 1, {"token_logps": ours, "full logits": full})
 
 def bench_search():
-    """Our BM25 and bm25s: the same words, k1, b and idf, so the same three best scores."""
-    rows = (50_000 ** torch.rand(100_000, 60)).long().tolist()             # Zipf
+    """100,000 passages of 60 words, 100 queries of 8 words; in bm25s the same words, k1, b and idf."""
+    rows, engine = (50_000 ** torch.rand(100_000, 60)).long().tolist(), []         # Zipf
     passages = [{"contents": " ".join(f"w{i}" for i in row)} for row in rows]
     queries = [" ".join(f"w{i}" for i in random.sample(row, 8)) for row in random.sample(rows, 100)]
-    engines, found = {}, {}
-    works = {"ours": lambda: engines.update(ours=BM25(passages))}
-    searches = {"ours": lambda: found.update(ours=engines["ours"].search(queries, 3))}
+    build = {"ours": lambda: engine.append(BM25(passages))}
+    search = {"ours": lambda: engine[0].search(queries, 3)}
     if find_spec("bm25s"):
-        import bm25s
-        engines["bm25s"] = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-        works["bm25s"] = lambda: engines["bm25s"].index([words(p["contents"]) for p in passages], show_progress=False)
-        searches["bm25s"] = lambda: found.update(
-            bm25s=engines["bm25s"].retrieve([words(query) for query in queries], k=3, show_progress=False))
-    say("build", " s", race(1, works))
-    say("100 queries", " s", race(3, searches))
-    if "bm25s" in found:                                                   # which leaves out the factor k1 + 1
-        near([[hit["score"] for hit in hits] for hits in found["ours"]], 2.2 * torch.tensor(found["bm25s"][1]), 1e-4)
+        theirs = import_module("bm25s").BM25(method="lucene", k1=1.2, b=0.75)
+        build["bm25s"] = lambda: theirs.index([words(p["contents"]) for p in passages], show_progress=False)
+        search["bm25s"] = lambda: theirs.retrieve([words(q) for q in queries], k=3, show_progress=False)
+    race("BM25: build", " s", 1, build)
+    race("BM25: search", " s", 3, search)
 
-def qwen2(**sizes):
+def qwen2(vocabulary, hidden, layers):
     """Random weights."""
-    config = Qwen2Config(**dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=768) | sizes)
-    return Qwen2ForCausalLM(config).to("cuda" if CUDA else "cpu").eval()
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=768)).to(llds.DEVICE).eval()
 
 def bench(path):
     torch.manual_seed(0)
     transformers_logging.set_verbosity_error()
     warnings.simplefilter("ignore")                                        # TRL's
     print("Medians,", f"on {torch.cuda.get_device_name()}" if CUDA else "seconds of CPU work of one thread",
-          "(in brackets: how many times the first of the line)\nRollouts: 4 groups of 8, 3 searches and an "
-          "answer of 16 to 48 tokens, feedback of 150 tokens; an update is 4 mini-batches")
+          "(in brackets: how many times the first). 4 groups of 8, 3 searches, actions of 16 to 48 tokens")
     tok, agent = llds.load_model(llds.Config(), PASSAGES, QUESTIONS)
-    models = {"built-in agent": (tok, agent), "Qwen2, 4 layers, hidden 256, random weights": (
-        tok, qwen2(vocab_size=len(tok), hidden_size=256, num_hidden_layers=4))}
+    bench_model("built-in agent", tok, agent)
+    bench_model("4 layers, hidden 256", tok, qwen2(len(tok), 256, 4))
     if path:
-        models[path] = llds.load_model(llds.Config(model=path), [], [])
-    for name, (tok, model) in models.items():
-        print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
-        model.generation_config = GenerationConfig()                       # no penalty, no EOS
-        env = Paced(tok, None, llds.Config(prompt=llds.PROMPT, max_new_tokens=48, max_feedback_tokens=150))
-        played = partial(llds.rollout, model, env, QUESTIONS[:4], 8)
-        bench_rollout(model, env, QUESTIONS[:4])
-        episodes = played()
-        say("update", " s", race(3, {"without LLDS": lambda: bench_update(model, episodes, 0.0, no_penalty),
-                                     "with": lambda: bench_update(model, episodes)}))
-        both = race(2, {"ours": lambda: bench_update(model, played())})
-        say("rollout and update", " s", both | ({"TRL": bench_trl(model, env, QUESTIONS[:4])} if find_spec("trl") else {}))
-    print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936")
+        bench_model(path, *llds.load_model(llds.Config(model=path), [], []))
+    print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936; BM25")
     bench_logps()
-    print("\nBM25, 100,000 passages of 60 words, queries of 8 words")
     bench_search()
 
 if __name__ == "__main__":
