@@ -101,20 +101,19 @@ def parse_config(argv=None):
     if first.resume or saved.exists():
         with supplied(saved):
             defaults = vars(Config(**json.loads(saved.read_text(encoding="utf-8"))))
-        defaults["resume"] = first.resume
-        if not first.resume:
-            defaults["warm_steps"] = 0  # the model has learned already
+        defaults["warm_steps"] *= bool(first.resume)  # a trained model needs none
     parser.set_defaults(**defaults)
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.resume:
-        changed = {name: value for name, value in vars(cfg).items() if value != defaults[name]}
+        changed = {name: x for name, x in vars(cfg).items() if x != defaults[name] and name != "resume"}
         check("model" not in changed, "--resume goes on with the run's own model, not with another --model")
         print("flags that differ from the run's own:", changed)
     for name, value in (vars(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
         least = LEAST.get(name, 0)
         if isinstance(value, (int, float)):
             check(value >= least, f"--{name} must be at least {least}, not {value}")
-    check(max(cfg.warmup_ratio, cfg.retrieval_noise) <= 1, "--warmup_ratio, --retrieval_noise: 1 at most")
+    for name in ("warmup_ratio", "retrieval_noise", "early_answers"):
+        check(vars(cfg)[name] <= 1, f"--{name} is a share, 1 at most")
     check(re.fullmatch(r"adaptive|1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight),
           f"--answer_weight must be from 0 to 1, or 'adaptive', not {cfg.answer_weight}")
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
@@ -337,7 +336,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
     Returns (loss, info): how many tokens' gradient the clip stopped, and the largest ratio."""
-    if advantages.dim() != 1:
+    if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages must have shape (N,), not {tuple(advantages.shape)}")
     mask, advantages = mask.bool(), advantages[:, None]
     change = (logp - old_logp.detach()).masked_fill(~mask, 0)  # masked before exp: what is there may be inf
@@ -349,7 +348,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the initial model by k3: exp(r) - r - 1, r = ref_logp - logp, token mean. Arguments as above."""
-    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0)                         # (N, T)
+    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)           # (N, T)
     return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
 
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
@@ -377,7 +376,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1 or (answer_weight != 1 and answer_mask is None):
         raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
-    if advantages.dim() != 1:
+    if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages must have shape (N,), not {tuple(advantages.shape)}")
     preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
     lost = (old_logp.detach() - logp).masked_fill(~preserved, 0)                        # (N, T)
@@ -619,7 +618,7 @@ def log_step(out, history):
 
 def checkpoints(out):
     """The complete checkpoints in a folder, oldest first."""
-    return sorted(out.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    return sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
 
 def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
@@ -707,19 +706,19 @@ def check_model(model, tok):
     """Refuses a model that, fed in pieces and without its own head's extras, as here, gives other logits."""
     kinds = {*(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     kinds |= {"sliding_window"} if getattr(model.config, "sliding_window", None) else set()
-    check(not kinds, f"only full attention is supported, not {', '.join(sorted(kinds))}")
-    check(len(tok) <= model.get_input_embeddings().num_embeddings, "the tokenizer has more words than it")
+    check(not kinds, f"--model: only full attention is supported, not {', '.join(sorted(kinds))}")
+    check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
     feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9])], {0: 0})
     in_pieces = feed(model, cache, [SimpleNamespace(ids=ids)], {0: len(ids) - 9})[0].log_softmax(dim=0)
     at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].float().log_softmax(dim=0)
     gap = (in_pieces - at_once).abs().mean().item()
     limit = 0.1 if torch.is_autocast_enabled(DEVICE) else 1e-3
-    check(gap < limit, f"its log-probabilities in a rollout are off by {gap:.2g}, more than {limit}")
+    check(gap < limit, f"--model: log-probabilities in a rollout are off by {gap:.2g}, over {limit}")
 
+@supplied("--warm_steps needs questions with 'hops' and a 'path' in the corpus", (LookupError, TypeError))
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes, so that GRPO's model knows the format."""
-    check(not cfg.warm_steps or all(q.get("path") for q in questions), "--warm_steps: no 'path' in questions")
     optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0,
                                   fused=FUSED)
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
@@ -743,10 +742,10 @@ def fitting(env, questions):
     return some
 
 @supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
-@supplied("a file, or the retrieval server", OSError)
+@supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt))
 def main(argv=None):
     cfg = parse_config(argv)
-    set_seed(cfg.seed)
+    set_seed(cfg.seed % 2 ** 32)
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # but for rollouts
@@ -769,7 +768,8 @@ def main(argv=None):
         return
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
-    check(not cfg.resume or trains and any(out.rglob("checkpoint-*")), f"--resume {out}: no checkpoint there")
+    can_resume = trains and any(out.rglob("checkpoint-*"))
+    check(not cfg.resume or can_resume, f"--resume {out}: no checkpoint there, or --eval or --ask beside it")
     check(cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
     out.mkdir(parents=True, exist_ok=True)  # a new folder is claimed before anything is computed:
     with open(out / "flags.json", "w" if cfg.resume else "x", encoding="utf-8") as file:  # x: for one run

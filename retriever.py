@@ -8,7 +8,6 @@
 import argparse, copy, gzip, http.client, json, math, os, random, re, string, sys, time, urllib.request
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from types import SimpleNamespace
 
 import torch
 from datasets import load_dataset
@@ -76,6 +75,7 @@ def read_rows(name, config, split, part):
             hub = dict(path=name, name=config or None, split=split)
             rows = enumerate(load_dataset(**(file if os.path.exists(name) else hub)).to_list(), 1)
         for number, row in rows:
+            check(isinstance(row, dict), f"{name}, row {number}: not an object")
             if "contents" not in row:
                 yield row, f"{name}, row {number}"
             for question in row.get("questions") or []:  # about a passage of a corpus
@@ -85,13 +85,15 @@ def read_rows(name, config, split, part):
 def checked(row, where, title):
     with supplied(where):
         texts = [message[field] for message in row.get("prompt") or [] for field in ("role", "content")]
-        check(row.get("prompt") is None or texts and all(texts), f"{where}: 'prompt' lacks content")
+        said = texts and all(isinstance(text, str) and text.strip() for text in texts)
+        check(row.get("prompt") is None or said, f"{where}: 'prompt' lacks a message, or a message content")
         question, answers = row.get("question") or "".join(texts[-1:]), row.get("golden_answers")
         if row.get("reward_model") and not answers:  # as Search-R1 keeps them
             answers = row["reward_model"]["ground_truth"]["target"]
-        answers = [str(answer) for answer in (answers if isinstance(answers, list) else [answers])]
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = [str(answer) for answer in answers if isinstance(answer, (str, int, float))]
         check(isinstance(question, str) and question.strip(), f"{where}: 'question' must be a text")
-        check("".join(answers).strip() and answers != ["None"], f"{where}: 'golden_answers' holds no answer")
+        check("".join(answers).strip(), f"{where}: 'golden_answers' holds no answer")
         title = row.get("data_source") or title or (f"{row['hops']}hop" if "hops" in row else row.get("set"))
         return row | {"question": question, "golden_answers": answers, "set": title}
 
@@ -192,6 +194,7 @@ class HTTPRetriever:
     """A server of Search-R1's protocol: to POST {"queries": [...], "topk": k, "return_scores": true} it sends
     {"result": [[{"document": {"contents": ...}, "score": x}, ...], ...]}, a list for each query."""
     def __init__(self, url, timeout=60, tries=5):
+        check(re.match(r"https?://[^\s/]+", url), f"--retriever_url {url}: must begin with http://HOST")
         self.url, self.timeout, self.tries = url, timeout, tries
 
     def search(self, queries, k):
@@ -219,7 +222,6 @@ class HTTPRetriever:
 
 class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
-        """Answers Search-R1's protocol from self.server.engine; a request not in it gets status 400."""
         try:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if not isinstance(asked["queries"], list):
@@ -261,8 +263,7 @@ def tiny_agent(passages, questions, top_k):
         initializer_range=0.1, tokenizer_class="PreTrainedTokenizerFast"))
 
 def scrambled(passages, questions):
-    """A world where each name stands for another of its kind, so that only reading helps: its passages, its
-    questions, and its facts, {the two names in a passage: the passage's text}."""
+    """A world where each name stands for another of its kind: engine, questions, {two names: their fact}."""
     kind = {q["path"][0]: q["question"].replace(q["path"][0], "") for q in questions if q["hops"] == 1}
     other = {}  # name -> the name that it gets in this world
     for same in dict.fromkeys(kind.values()):  # names that fit into the same question
@@ -274,7 +275,7 @@ def scrambled(passages, questions):
     texts = [passage["contents"].partition("\n")[2] for passage in world]
     facts = {frozenset(other.keys() & re.findall(r"\w+", text)): text for text in texts}
     asked = [dict(q, question=rename(q["question"]), path=[*map(rename, q["path"])]) for q in questions]
-    return world, asked, facts
+    return BM25(world), asked, facts
 
 def demonstrate(env, engine, question, questions, facts):
     """A scripted episode, imperfect on purpose: it answers too early, goes astray, misreads. Where the engine
@@ -294,7 +295,7 @@ def demonstrate(env, engine, question, questions, facts):
             query = question["question"].replace(question["path"][0], path[0])
         errs = random.random() < env.cfg.retrieval_noise
         found = ErringRetriever(engine, engine.passages, float(errs)).search([query], env.cfg.top_k)
-        env.retriever = SimpleNamespace(search=lambda queries, k: found[:len(queries)])
+        env.retriever = argparse.Namespace(search=lambda queries, k: found[:len(queries)])
         act(SEARCH.format(thought=thought, name=path[hop], query=query))
         again = errs and random.random() < 0.4 and e.turn <= env.cfg.max_turns
         thought = "" if again else found[0][0]["contents"].partition("\n")[2] + " "
@@ -313,8 +314,7 @@ def lessons(env, passages, questions, steps):
     env = copy.copy(env)
     for step in range(steps):
         if step % 8 == 0:
-            world, asked, facts = scrambled(passages, questions)
-            engine = BM25(world)
+            engine, asked, facts = scrambled(passages, questions)
         yield [demonstrate(env, engine, random.choice(asked), asked, facts) for _ in range(16)]
 
 def main():
