@@ -166,7 +166,7 @@ class Environment:
         ids = self.tok.encode(text, add_special_tokens=not self.tok.chat_template)
         if ids[-1] in self.eos_ids:  # some tokenizers end each text
             ids.pop()
-        return Episode(question, ids, [0] * len(ids), len(ids))
+        return Episode(question, ids, action_id=[0] * len(ids), start=len(ids))
 
     def complete(self, e):
         """Does the newest token end the action: as EOS, for want of room, or by a closing tag?"""
@@ -200,7 +200,7 @@ class Environment:
         head, tail = self.encode(OPEN), self.encode(CLOSE)
         room = max(0, self.cfg.max_feedback_tokens - len(head) - len(tail))
         for e, passages in zip(searching, found):
-            # A search that erred counts as what it would have found (retriever.ErringRetriever).
+            # A search that erred, see ErringRetriever, counts as what it would have found.
             e.searches.append([passage.get("instead_of", passage["contents"]) for passage in passages])
             text = self.encode(clean(information(passages), self.special))
             self.append(e, head + text[:room] + tail)
@@ -229,20 +229,20 @@ class SlotCache(Cache):
     def begin_pass(self, rows, position):
         """The next pass feeds these rows (a list) at these positions, (rows, width). Returns its mask."""
         self.target = torch.tensor(rows, device=DEVICE)[:, None], position
-        self.in_use = int(position.max()) + 1
+        self.used = int(position.max()) + 1
         in_order = rows == list(range(len(rows)))
         self.source = slice(len(rows)) if in_order else rows  # a slice is read without a copy
-        return torch.arange(self.in_use, device=DEVICE) <= position[:, None, :, None]
+        return torch.arange(self.used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
 
     def update(self, keys, values, layer, *args, **kwargs):
-        """What a layer calls: stores the new keys and values, returns all that its rows may look at."""
+        """What a layer calls: stores the new keys and values, returns all that these rows may look at."""
         new = keys.to(values.dtype), values  # under autocast the rotary embedding makes keys float32
         if layer not in self.buffers:  # zeros, not empty: 0 * NaN is NaN
             _, heads, _, size = keys.shape
             self.buffers[layer] = values.new_zeros(2, self.rows, heads, self.cells, size)
         for buffer, x in zip(self.buffers[layer], new):
             buffer.transpose(1, 2)[self.target] = x.transpose(1, 2)
-        return self.buffers[layer][:, self.source, :, :self.in_use]
+        return self.buffers[layer][:, self.source, :, :self.used]
 
     def copy(self, source, targets, cells):
         """The first cells of a row, to the rows of a slice."""
@@ -297,9 +297,9 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
                 e.action_id.append(e.turn)
                 if env.complete(e):
                     waiting[r] = len(e.ids) - 1
-        # 3. Run the complete actions and read the feedback; the last row takes the place of a finished one.
         if 8 * len(waiting) < len(live):
             continue
+        # 3. Run the complete actions and read the feedback; the last row takes the place of a finished one.
         env.respond([live[r] for r in waiting])
         unread = {r: start for r, start in waiting.items() if not live[r].done}
         if unread:

@@ -719,12 +719,7 @@ def write(path, *rows):
     ("<b> é日😀", "<b> é日😀"), ("a\ud83d", "a\ufffd"), ("</search>x<answer>", "< /search>x< answer>"),
     ("</infor</information>mation>", "</infor< /information>mation>")])
 def test_clean_by_hand(text, want):
-    assert clean(text, TAG) == want
-
-def test_information():
-    assert information([]) == "No passage matches this query."
-    found = information(texts('"T"\na\nb', CLOSE.strip() + "\ud83d"))
-    assert found == 'Doc 1(Title: "T") a\nb\nDoc 2(Title: < /information>\ufffd) '
+    assert clean(text, TAG) == want and information(texts("T\n" + text)) == "Doc 1(Title: T) " + want
 
 @pytest.mark.parametrize("prediction, golden, want", [
     ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0), ("Theatre", ["theatre"], 1),
@@ -768,12 +763,6 @@ def test_an_erring_engine():
     assert 70 < len(wrong) < 130 and len({hit["id"] for hits, _ in wrong for hit in hits}) > 100
     for hits, wanted in wrong:
         assert [hit["instead_of"] for hit in hits] == [hit["contents"] for hit in wanted]
-    torch.manual_seed(1)
-    (first, *_), none, _ = ErringRetriever(engine, PASSAGES, 1.0).search(queries[:3], 3)
-    torch.manual_seed(1)
-    torch.rand(3)                                                          # one number for each query
-    other = PASSAGES[torch.randint(len(PASSAGES), (3,))[0]]
-    assert first == dict(other, instead_of=right[0][0]["contents"]) and none == []
 
 # ------------------------------------------------------------------------------------------ corpus, questions
 GOOD = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
@@ -792,7 +781,7 @@ def test_a_bad_line_is_named(tmp_path, bad, capsys):
 
 @pytest.mark.parametrize("name, content", [
     ("c.jsonl", b""), ("c.gz", b"version https://git-lfs.github.com/spec/v1\n"), ("c.gz", gzip.compress(GOOD)[:-9]),
-    ("c.gz", gzip.compress(GOOD)[:30] + b"damage"), ("", None), ("none", None)])
+    ("", None), ("none", None)])
 def test_a_corpus_that_cannot_be_read(tmp_path, name, content, capsys):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -860,22 +849,18 @@ def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatc
     with ends(capsys, "two sets"):
         load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")
 
-def test_questions_of_the_corpus():
-    """Of one split, of so many hops, and a set for each number of hops; two neighbours on a path are a fact,
-    which stands in a passage, and no fact of a test question is one of a training question."""
+def test_what_the_corpus_promises():
+    """Questions of one split, a set for each number of hops; no fact of a test question is one of a training
+    question, where two neighbours on a path are a fact, and each fact stands in a passage."""
     facts = {}
     for part in ("train", "test"):
         found = load_questions(str(CORPUS), part)
         assert found == [dict(q, set=f"{q['hops']}hop") for q in QUESTIONS if q["split"] == part]
         facts[part] = {frozenset(pair) for q in found for pair in zip(q["path"], q["path"][1:])}
-        for q in found:
-            asked_words = re.findall(r"\w+", q["question"])
-            assert len(q["path"]) == q["hops"] + 1 and q["path"][-1] in q["golden_answers"]
-            assert q["path"][0] in asked_words and not set(q["path"][1:]) & set(asked_words)
-    assert len(PASSAGES) >= 150 and len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)
-    assert not facts["train"] & facts["test"]
+        assert all(len(q["path"]) == q["hops"] + 1 and q["path"][-1] in q["golden_answers"] for q in found)
     passages = [set(re.findall(r"\w+", passage["contents"])) for passage in PASSAGES]
     assert all(any(fact <= passage for passage in passages) for fact in facts["train"] | facts["test"])
+    assert not facts["train"] & facts["test"] and len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)
 
 # ---------------------------------------------------------------------------------------------------- servers
 @pytest.fixture(scope="module")
@@ -960,8 +945,7 @@ def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
     with pytest.raises(OSError, match="http://x:1/r"):
         HTTPRetriever("http://x:1/r", tries=1).search(["a", "b"], 3)
 
-@pytest.mark.parametrize("arguments, why", [(["--corpus", "none.jsonl"], "none.jsonl"), (["--port", "{port}"], "{port}"),
-                                            (["--port", "99999"], "99999")])
+@pytest.mark.parametrize("arguments, why", [(["--corpus", "none.jsonl"], "none.jsonl"), (["--port", "{port}"], "{port}")])
 def test_the_command_says_what_is_wrong(tmp_path, arguments, why):
     """From another working directory, where the default corpus is found all the same."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
