@@ -666,13 +666,13 @@ def test_the_readme_probe():
     """Each question is learned alone, from the same weights. GRPO lowers some, with LLDS they lose less."""
     model, env, questions = agent(34)
     before, probe, changes = llds.snapshot(model.float()), snippet("def probe(")["probe"], []
-    cfg = llds.Config(group_size=8, num_iterations=3, learning_rate=1e-2)
+    cfg = llds.Config(group_size=32, num_iterations=3, learning_rate=1e-2)
     for llds_lambda in (0.0, 4.0):
         torch.manual_seed(0)                                               # the same rollouts
         changes.append(probe(model, env, questions, cfg, llds_lambda))
         assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     plain, ours = [list(change.values()) for change in changes]
-    assert len(plain) == len(ours) > 1 and min(plain) < 0 and sum(ours) > sum(plain)
+    assert len(plain) == len(ours) > 0 and min(plain) < 0 and sum(ours) > sum(plain)
 
 @pytest.mark.skipif(not find_spec("trl"), reason="needs trl")
 @pytest.mark.parametrize("updates", [1, 2])
