@@ -22,6 +22,12 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -32,9 +38,9 @@ from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, ErringRetriever, H
                        clean, exact_match, information, lessons, load_corpus, load_questions, supplied,
                        tiny_agent)
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FUSED = DEVICE == "cuda"  # AdamW's other ways need room for one more copy of the weights there
-DTYPE = "bfloat16" if FUSED and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+DTYPE = "bfloat16" if DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 # ----------------------------------------------------------------------------------------------- settings
 def flag(default, why):
     return field(default=default, metadata={"help": why})
@@ -74,10 +80,11 @@ class Config:
     early_answers: float = flag(0.6, "share of scripted two-hop episodes that answer after one search")
     warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
-    rollout_batch: int = flag(256, "rollouts that share the KV cache at a time; a group at least")
+    rollout_batch: int = flag(256, "rollouts that share the KV cache at a time")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of matrix products; weights are always float32")
     gradient_checkpointing: bool = flag(DEVICE == "cuda", "keep the layers' inputs, compute the rest again")
+    cpu_offload: bool = flag(False, "weights, gradients and moments stay in the CPU's memory: 7B on one GPU")
     save_steps: int = flag(10, "steps between two checkpoints")
     resume: str = flag("", "go on with the run in this folder, with its flags; those given here replace them")
     eval_steps: int = flag(10, "steps between two evaluations on held-out questions")
@@ -244,10 +251,10 @@ class SlotCache(Cache):
             buffer.transpose(1, 2)[self.target] = x.transpose(1, 2)
         return self.buffers[layer][:, self.source, :, :self.used]
 
-    def copy(self, source, targets, cells):
-        """The first cells of a row, to the rows of a slice."""
+    def copy(self, source, target, cells):
+        """The first cells of one row, to another."""
         for buffer in self.buffers.values():
-            buffer[:, targets, :, :cells] = buffer[:, source:source + 1, :, :cells]
+            buffer[:, target, :, :cells] = buffer[:, source, :, :cells]
 
 def rectangle(rows):
     """Lists of integers -> (rows, longest). A shorter list repeats its last number: a token fed again."""
@@ -273,18 +280,15 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     episodes = [env.reset(question) for question in questions for _ in range(group_size)]
     prompt = max(len(e.ids) for e in episodes)
     longest = prompt + (cfg.max_turns + 1) * cfg.max_new_tokens + cfg.max_turns * cfg.max_feedback_tokens
-    rows = min(max(cfg.rollout_batch, group_size), len(episodes))
+    rows = min(cfg.rollout_batch, len(episodes))
     cache = SlotCache(rows, min(longest, env.max_length))
     queue, live, waiting = episodes, [], {}  # live[r]: in row r; waiting: {row: first token not in cache}
     while queue or live:
-        # 1. Whole groups take the free rows. A group's first row reads the prompt, the others copy it.
-        free = (rows - len(live)) // group_size * group_size
-        first_rows = range(len(live), len(live) + len(queue[:free]), group_size)
-        live, queue = live + queue[:free], queue[free:]
-        if first_rows:
-            feed(model, cache, live, dict.fromkeys(first_rows, 0))
-        for r in first_rows:
-            cache.copy(r, slice(r + 1, r + group_size), len(live[r].ids))
+        # 1. Free rows are taken, and read their prompts.
+        begun = len(live)
+        live, queue = live + queue[:rows - begun], queue[rows - begun:]
+        if begun < len(live):
+            feed(model, cache, live, dict.fromkeys(range(begun, len(live)), 0))
         # 2. A token for every row that does not wait.
         newest = {r: len(e.ids) - 1 for r, e in enumerate(live)}
         logits = feed(model, cache, live, newest)                                       # (rows, V)
@@ -307,12 +311,61 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
         waiting = {}
         for r in reversed(range(len(live))):
             if live[r].done:
-                cache.copy(len(live) - 1, slice(r, r + 1), len(live[-1].ids))
+                cache.copy(len(live) - 1, r, len(live[-1].ids))
                 live[r] = live[-1]
                 live.pop()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()  # the weights will change
     return episodes
+
+# ----------------------------- several processes, one for each GPU (torchrun); with one, all of it is skipped
+# All play their share of the questions, then share the episodes. Each micro-batch is divided again; FSDP2 does
+# the rest: a process keeps its part of each layer's weights, gradients and moments.
+def everyone(x):
+    """[x of rank 0, x of rank 1, ...], on every rank."""
+    parts = [x] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, x)
+    return parts
+
+def play(model, env, questions, group_size=1, temperature=1.0):
+    """rollout() by all ranks together, each with its own random numbers; all get all episodes, in order."""
+    if WORLD == 1:
+        return rollout(model, env, questions, group_size, temperature)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(torch.initial_seed() + RANK)
+        mine = questions[RANK::WORLD] or questions[:1]  # without a question too: the ranks gather weights together
+        parts = everyone(rollout(model, env, mine, group_size, temperature))
+    episodes = []
+    for k in range(len(questions)):
+        first = k // WORLD * group_size
+        episodes += parts[k % WORLD][first:first + group_size]
+    return episodes
+
+def shares(micro_batches, action_id):
+    """Yields this rank's rows of each micro-batch and their action_id. A rank that gets none takes part with
+    a row without actions: all must make the same passes."""
+    for rows in micro_batches:
+        mine = rows[RANK::WORLD]
+        if len(mine) > 0:
+            yield mine, action_id[mine]
+        else:
+            yield rows[:1], torch.zeros_like(action_id[rows[:1]])
+
+def shard(model, cfg):
+    """FSDP2. What a layer gathers at its first call stays until its backward: no waiting while tokens are sampled."""
+    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    offload = CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else OffloadPolicy()
+    for part in [*model.base_model.layers, model]:
+        fully_shard(part, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+    # The weights of embedding and head are gathered when the model itself is called. We call its body and its
+    # head one after the other, so the model's call becomes that of the body.
+    model.forward, model.base_model_prefix = model.base_model.forward, ""
+    return model
+
+def local(x):
+    """This rank's part of a tensor."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 # ------------------------------------------------------ losses: they need torch alone; copy from here ...
 def group_advantages(rewards, group_size):
@@ -335,7 +388,7 @@ def action_ids(mask):
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
     logp, old_logp, mask: (N, T); advantages: (N,). denom replaces mask.sum(), so that micro-batches add up.
-    Returns (loss, info): how many tokens' gradient the clip stopped, and the largest ratio."""
+    Returns (loss, info): how many tokens' gradient the clip stopped."""
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages must have shape (N,), not {tuple(advantages.shape)}")
     mask, advantages = mask.bool(), advantages[:, None]
@@ -344,7 +397,7 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     free = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -(torch.min(free, clipped) * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    return loss, {"clipped": ((clipped < free) & mask).sum(), "ratio_max": (ratio * mask).detach().max()}
+    return loss, {"clipped": ((clipped < free) & mask).sum()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the initial model by k3: exp(r) - r - 1, r = ref_logp - logp, token mean. Arguments as above."""
@@ -432,9 +485,11 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
 @torch.no_grad()
 def all_logps(model, batch, micro_batches, temperature):
     """token_logps of the updates' own micro-batches: else rounding alone would open the gates of LLDS."""
-    logp, entropy = torch.zeros(2, *batch.ids.shape, device=DEVICE)
-    for rows in micro_batches:
-        logp[rows], entropy[rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
+    logp, entropy = result = torch.zeros(2, *batch.ids.shape, device=DEVICE)
+    for rows, action_id in shares(micro_batches, batch.action_id):
+        logp[rows], entropy[rows] = token_logps(model, batch.ids[rows], action_id, temperature)
+    if WORLD > 1:
+        dist.all_reduce(result)
     return logp, entropy
 
 def split(episodes, group_size, mini_batches, max_tokens):
@@ -443,12 +498,13 @@ def split(episodes, group_size, mini_batches, max_tokens):
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         rows = rows[lengths[rows].argsort()]  # rows of similar length need little padding
-        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
+        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]])) * WORLD))
     return plan
 
 def optimizer_step(learner):
     """One step, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_norm=1.0).item()
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_norm=1.0)
+    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
     if math.isfinite(norm):
         learner.optimizer.step()
     learner.scheduler.step()
@@ -456,7 +512,12 @@ def optimizer_step(learner):
     return norm
 
 def snapshot(model):
-    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}  # costs no GPU memory
+    """A copy of the weights, of this rank's part of them, in the CPU's memory."""
+    return {name: local(x).to("cpu", copy=True) for name, x in model.state_dict().items()}
+
+def restore(model, weights):
+    for name, x in model.state_dict().items():
+        local(x).copy_(weights[name])
 
 def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
@@ -465,9 +526,9 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
     preserved = is_action & (batch.advantages[members] >= 0)[:, None]
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
     action_tokens, preserved_tokens = is_action.sum(), preserved.sum()
-    total, ratio_max = defaultdict(float), 0.0
-    for rows in mini_batch:
-        action_id, advantages, old_logp = batch.action_id[rows], batch.advantages[rows], batch.old_logp[rows]
+    total = defaultdict(float)
+    for rows, action_id in shares(mini_batch, batch.action_id):
+        advantages, old_logp = batch.advantages[rows], batch.old_logp[rows]
         logp, _ = token_logps(learner.model, batch.ids[rows], action_id, cfg.temperature)
         policy, info = policy_loss(logp, old_logp, advantages, action_id > 0, cfg.clip, action_tokens)
         llds, counts = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
@@ -477,12 +538,12 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
             kl = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
             loss = loss + cfg.beta * kl
             info["kl"] = kl
-        loss.backward()
-        ratio_max = max(ratio_max, info.pop("ratio_max").item())
+        (loss * WORLD).backward()  # FSDP takes the mean over ranks
         for name, value in {"llds": llds, **info, **counts}.items():
             total[name] += value.item()
-    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total["kl"],
-            "ratio_max": ratio_max, "clip_frac": total["clipped"] / action_tokens.item(),
+    total = {name: sum(part[name] for part in everyone(total)) for name in total}
+    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total.get("kl", 0.0),
+            "clip_frac": total["clipped"] / action_tokens.item(),
             "llds_gate_frac": total["open_units"] / max(1, total["units"])}
 
 def train_step(learner, episodes, cfg):
@@ -493,9 +554,9 @@ def train_step(learner, episodes, cfg):
     batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
     if cfg.beta > 0:  # no second model for the reference: ours takes the initial weights for a moment
         now = snapshot(model)
-        model.load_state_dict(learner.start)
+        restore(model, learner.start)
         batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
-        model.load_state_dict(now)
+        restore(model, now)
     metrics = rollout_metrics(episodes, batch, cfg)
     adaptive = min(metrics["searches"] / 2, 1.0)
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
@@ -505,7 +566,6 @@ def train_step(learner, episodes, cfg):
             updates.append(update(learner, batch, mini_batch, metrics["answer_weight"], cfg))
     for name in updates[0]:
         metrics[name] = mean([info[name] for info in updates])
-    metrics["ratio_max"] = max(info["ratio_max"] for info in updates)
     metrics["skipped_updates"] = sum(not math.isfinite(info["grad_norm"]) for info in updates)
     metrics["displaced"] = displaced(model, batch, micro_batches, cfg.temperature)
     return metrics, batch
@@ -550,7 +610,7 @@ def displaced(model, batch, micro_batches, temperature):
 def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches a question: of all, by set, and the mean of the sets."""
     parts = defaultdict(list)
-    for e in rollout(model, env, questions, temperature=0.0):
+    for e in play(model, env, questions, temperature=0.0):
         for part in {"", e.question.get("set") or ""}:
             parts[part].append(e)
     scores = {}
@@ -570,11 +630,17 @@ def stop_after_this_step(number, _):
     STOP.set()
     signal.signal(number, signal.SIG_DFL)
 
+def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
+    model.state_dict()  # FSDP gives back what it gathered for rollouts: parameters() are this rank's parts
+    fused = DEVICE == "cuda" or cfg.cpu_offload  # other ways need room for one more copy of the weights
+    return torch.optim.AdamW(model.parameters(), learning_rate, betas, weight_decay=0, fused=fused)
+
 def start_run(model, start, llds_lambda, cfg):
     """A learner: what training changes and a checkpoint keeps. start: initial weights, or None for these."""
-    model.load_state_dict(start or model.state_dict())
+    if start:
+        restore(model, start)
+    optimizer = adamw(model, cfg.learning_rate, cfg)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.learning_rate, weight_decay=0, fused=FUSED)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.num_iterations * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, start=start,
@@ -591,7 +657,7 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         torch.manual_seed(hash((cfg.seed, step)))  # so a resumed run draws the same numbers
         began = time.perf_counter()
         asked = order[(step - 1) * cfg.questions_per_step:step * cfg.questions_per_step]
-        episodes = rollout(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
+        episodes = play(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
         metrics, _ = train_step(learner, episodes, cfg)
         metrics["seconds"] = time.perf_counter() - began
         learner.history.append({"step": step, **metrics})
@@ -599,20 +665,25 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
             show(env, episodes[0], with_prompt=step == cfg.eval_steps)
             learner.history[-1].update(evaluate(learner.model, env, held_out))
         log_step(out, learner.history)
-        if step % cfg.save_steps == 0 or step == cfg.steps or STOP.is_set():
+        stop = any(everyone(STOP.is_set()))
+        if step % cfg.save_steps == 0 or step == cfg.steps or stop:
             save_checkpoint(out, learner)
-        check(not STOP.is_set() or step == cfg.steps, f"stopped after step {step}; see --resume")
-    learner.model.save_pretrained(out)
-    env.tok.save_pretrained(out)
+        check(not stop or step == cfg.steps, f"stopped after step {step}; see --resume")
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(learner.model, options=whole)
+    if RANK == 0:
+        learner.model.save_pretrained(out, state_dict=weights)
+        env.tok.save_pretrained(out)
 
 def log_step(out, history):
     """Writes metrics.jsonl, where a number that is not finite is null, and prints the last step."""
     row = history[-1]
     for name, value in row.items():
         row[name] = value if math.isfinite(value) else None
-    unfinished = out / "metrics.tmp"
-    unfinished.write_text("".join(json.dumps(row) + "\n" for row in history))
-    unfinished.replace(out / "metrics.jsonl")  # so a kill leaves no half line
+    if RANK == 0:
+        unfinished = out / "metrics.tmp"
+        unfinished.write_text("".join(json.dumps(row) + "\n" for row in history))
+        unfinished.replace(out / "metrics.jsonl")  # so a kill leaves no half line
     shown = [f" {name} {row[name]:6.3f}" for name in STEP_LINE if row.get(name) is not None]
     print(f"step {row['step']:4}", *shown, flush=True)
 
@@ -622,23 +693,30 @@ def checkpoints(out):
 
 def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
-    check(all(x.isfinite().all() for x in learner.model.parameters()), "weights are not finite: not saved")
+    weights, moments = get_state_dict(learner.model, learner.optimizer)
+    check(all(local(x).isfinite().all() for x in weights.values()), "weights are not finite: not saved")
     older, unfinished = checkpoints(out), out / "unfinished"
-    unfinished.mkdir(exist_ok=True)
-    states = {name: vars(learner)[name].state_dict() for name in ("model", "optimizer", "scheduler")}
-    torch.save(states | {"history": learner.history}, unfinished / "training.pt")
-    unfinished.rename(out / f"checkpoint-{len(learner.history)}")
-    for folder in older:
-        shutil.rmtree(folder)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished,
+             no_dist=not dist.is_initialized())
+    if RANK == 0:
+        rest = {"scheduler": learner.scheduler.state_dict(), "history": learner.history}
+        (unfinished / "rest.json").write_text(json.dumps(rest))
+        unfinished.rename(out / f"checkpoint-{len(learner.history)}")
+        for folder in older:
+            shutil.rmtree(folder)
 
 def load_checkpoint(out, learner):
-    """Takes up the last checkpoint in out, if there is one."""
+    """Takes up the last checkpoint in out, if there is one, written by as many processes as it may be."""
     for folder in checkpoints(out)[-1:]:
-        with supplied(folder):
-            states = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
-            for name in ("model", "optimizer", "scheduler"):
-                vars(learner)[name].load_state_dict(states[name])
-            learner.history = states["history"]
+        with supplied(folder, (Exception, dcp.CheckpointException)):
+            weights, moments = get_state_dict(learner.model, learner.optimizer)
+            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+                     no_dist=not dist.is_initialized())
+            set_state_dict(learner.model, learner.optimizer, model_state_dict=weights,
+                           optim_state_dict=moments)
+            rest = json.loads((folder / "rest.json").read_text())
+            learner.scheduler.load_state_dict(rest["scheduler"])
+            learner.history = rest["history"]
 
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
@@ -696,10 +774,12 @@ def load_model(cfg, passages, questions):
             ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
             tokenizer_class = PreTrainedTokenizerFast if ours else AutoTokenizer
             tok = tokenizer_class.from_pretrained(cfg.model, trust_remote_code=False)
-            check_model(model.to(DEVICE), tok)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode, see token_logps()
-    return tok, model.to(DEVICE)
+    model = shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
+    if cfg.model != "tiny":
+        check_model(model, tok)
+    return tok, model
 
 @torch.no_grad()
 def check_model(model, tok):
@@ -711,7 +791,9 @@ def check_model(model, tok):
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
     feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9])], {0: 0})
     in_pieces = feed(model, cache, [SimpleNamespace(ids=ids)], {0: len(ids) - 9})[0].log_softmax(dim=0)
-    at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].float().log_softmax(dim=0)
+    own_forward = type(model).forward  # see shard()
+    logits = own_forward(model, input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1]
+    at_once = logits.float().log_softmax(dim=0)
     gap = (in_pieces - at_once).abs().mean().item()
     limit = 0.1 if torch.is_autocast_enabled(DEVICE) else 1e-3
     check(gap < limit, f"--model: log-probabilities in a rollout are off by {gap:.2g}, over {limit}")
@@ -719,16 +801,17 @@ def check_model(model, tok):
 @supplied("--warm_steps needs questions with 'hops' and a 'path' in the corpus", (LookupError, TypeError))
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes, so that GRPO's model knows the format."""
-    optimizer = torch.optim.AdamW(model.parameters(), cfg.warm_learning_rate, (0.9, 0.98), weight_decay=0,
-                                  fused=FUSED)
+    optimizer = adamw(model, cfg.warm_learning_rate, cfg, betas=(0.9, 0.98))
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     learner = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
-    for episodes in tqdm(lessons(env, passages, questions, cfg.warm_steps), "warm start", cfg.warm_steps):
+    batches = lessons(env, passages, questions, cfg.warm_steps)
+    for episodes in tqdm(batches, "warm start", cfg.warm_steps, disable=RANK > 0):
         batch = collate(episodes, len(episodes))
         action_tokens = (batch.action_id > 0).sum()
-        for rows in split(episodes, 1, 1, cfg.micro_batch_tokens)[0]:
-            logp, _ = token_logps(model, batch.ids[rows], batch.action_id[rows])
-            (-logp.sum() / action_tokens).backward()
+        micro_batches = split(episodes, 1, 1, cfg.micro_batch_tokens)[0]
+        for rows, action_id in shares(micro_batches, batch.action_id):
+            logp, _ = token_logps(model, batch.ids[rows], action_id)
+            (-logp.sum() / action_tokens * WORLD).backward()
         optimizer_step(learner)
 
 def fitting(env, questions):
@@ -741,10 +824,29 @@ def fitting(env, questions):
         print(len(wanted) - len(some), "questions are left out: too long for the context")
     return some
 
+def start_processes(cfg):
+    """Joins torchrun's processes, or, with --cpu_offload alone, a group of one."""
+    if "RANK" in os.environ or cfg.cpu_offload:
+        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, **alone)
+        if DEVICE == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+
+def claim(out, cfg):
+    """Makes the folder of a run and writes its flags there, before anything is computed."""
+    check(cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "flags.json", "w" if cfg.resume else "x", encoding="utf-8") as file:  # x: for one run
+        json.dump(asdict(cfg) | {"output_dir": "", "resume": ""}, file, indent=1)
+
 @supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
 @supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt))
 def main(argv=None):
     cfg = parse_config(argv)
+    start_processes(cfg)
     set_seed(cfg.seed % 2 ** 32)
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
@@ -767,18 +869,17 @@ def main(argv=None):
         show(env, *rollout(model, env, held_out, temperature=0.0))
         return
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
-    out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
+    out = everyone(Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}"))[0]
     can_resume = trains and any(out.rglob("checkpoint-*"))
     check(not cfg.resume or can_resume, f"--resume {out}: no checkpoint there, or --eval or --ask beside it")
-    check(cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
-    out.mkdir(parents=True, exist_ok=True)  # a new folder is claimed before anything is computed:
-    with open(out / "flags.json", "w" if cfg.resume else "x", encoding="utf-8") as file:  # x: for one run
-        json.dump(asdict(cfg) | {"output_dir": "", "resume": ""}, file, indent=1)
+    if RANK == 0:
+        claim(out, cfg)
     warm_start(model, env, passages, everything, cfg)
     scores = evaluate(model, env, held_out)
     print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
     if cfg.eval:
-        (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
+        if RANK == 0:
+            (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
@@ -792,8 +893,10 @@ def main(argv=None):
         learner = start_run(model, start, llds_lambda, cfg)
         train(learner, noisy_env, env, questions, held_out, folder, cfg)
         runs[f"lambda {llds_lambda:g}"] = learner.history
-    report(runs, out / "curves.png" if cfg.plot else None)
+    report(runs, out / "curves.png" if cfg.plot and RANK == 0 else None)
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without the curves' characters is no reason to stop
     main()
+    if dist.is_initialized():
+        dist.destroy_process_group()
