@@ -22,12 +22,6 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -38,9 +32,9 @@ from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, ErringRetriever, H
                        clean, exact_match, information, lessons, load_corpus, load_questions, supplied,
                        tiny_agent)
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = "bfloat16" if DEVICE == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+DTYPE = "bfloat16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
 # ----------------------------------------------------------------------------------------------- settings
 def flag(default, why):
     return field(default=default, metadata={"help": why})
@@ -83,8 +77,8 @@ class Config:
     rollout_batch: int = flag(256, "rollouts that share the KV cache at a time")
     micro_batch_tokens: int = flag(2048, "padded tokens in one forward and backward pass")
     dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of matrix products; weights are always float32")
-    gradient_checkpointing: bool = flag(DEVICE == "cuda", "keep the layers' inputs, compute the rest again")
-    cpu_offload: bool = flag(False, "weights, gradients and moments stay in the CPU's memory: 7B on one GPU")
+    gradient_checkpointing: bool = flag(GPU, "keep the layers' inputs, compute the rest again")
+    cpu_offload: bool = flag(False, "AdamW and its moments in the CPU's memory: 7B on a card of 80 GB")
     save_steps: int = flag(10, "steps between two checkpoints")
     resume: str = flag("", "go on with the run in this folder, with its flags; those given here replace them")
     eval_steps: int = flag(10, "steps between two evaluations on held-out questions")
@@ -126,6 +120,7 @@ def parse_config(argv=None):
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
     check(cfg.ask is None or cfg.ask.strip() and cfg.model != "tiny", "--ask: question and trained --model")
+    check(os.environ.get("WORLD_SIZE", "1") == "1", "several processes (torchrun) are not supported")
     check("{question}" in cfg.prompt, "--prompt must contain {question}")
     if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.num_iterations == 1:
         print("WARNING: with one update a step (--mini_batches, --num_iterations) LLDS is 0", file=sys.stderr)
@@ -147,14 +142,11 @@ class Episode:
 
 class Environment:
     """Where text and ids meet. A new tool needs its closing tag in complete(), its feedback in respond()."""
-
     def __init__(self, tok, retriever, cfg, max_length=math.inf):
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
         self.eos_ids = {tok.eos_token_id}  # each of them ends an action; main() adds the model's own
         special = [re.escape(token.content) for token in tok.added_tokens_decoder.values() if token.special]
         self.special = re.compile("|".join(special) or "(?!)")  # no text from outside may hold these
-        # Only a token with ">" can complete a tag: "</search>" itself, or the end of a split one, as ">\n\n".
-        self.closers = {i for i in range(len(tok)) if ">" in self.decode([i])}
 
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False)
@@ -176,15 +168,11 @@ class Environment:
         return Episode(question, ids, action_id=[0] * len(ids), start=len(ids))
 
     def complete(self, e):
-        """Does the newest token end the action: as EOS, for want of room, or by a closing tag?"""
-        newest, action = e.ids[-1], e.ids[e.start:]
+        """Is the current action complete: by an end of text, for want of room, or by a closing tag?"""
+        action = e.ids[e.start:]
         full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        if full or newest in self.eos_ids:
-            return True
-        if newest not in self.closers:
-            return False
         tail = self.decode(action[-len("</search>"):])  # 9 tokens hold a tag, even one spelled by letters
-        return "</search>" in tail or "</answer>" in tail
+        return full or e.ids[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
 
     def respond(self, episodes):
         """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
@@ -222,13 +210,11 @@ class Environment:
 
 # ------------------------------------------------------------------------------------------------ rollout
 # One KV cache serves all rollouts, and a token's cell in it is the token's position:
-#
 #     cell     0 1 2 3 4 5 6 7 8 9        P prompt, A action, F feedback, . nothing yet
 #     row 0    P P P P A A F F A .        So nothing moves as rows grow, the mask is "cell <= own position",
 #     row 1    P P P P A A A A . .        and a token that is fed a second time only rewrites its own cell.
 class SlotCache(Cache):
     """Keys and values of all rows: for each layer two buffers, (rows, heads, cells, size)."""
-
     def __init__(self, rows, cells):
         super().__init__(layers=[])
         self.rows, self.cells, self.buffers = rows, cells, {}
@@ -237,8 +223,7 @@ class SlotCache(Cache):
         """The next pass feeds these rows (a list) at these positions, (rows, width). Returns its mask."""
         self.target = torch.tensor(rows, device=DEVICE)[:, None], position
         self.used = int(position.max()) + 1
-        in_order = rows == list(range(len(rows)))
-        self.source = slice(len(rows)) if in_order else rows  # a slice is read without a copy
+        self.source = slice(len(rows)) if rows == [*range(len(rows))] else rows  # a slice needs no copy
         return torch.arange(self.used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
 
     def update(self, keys, values, layer, *args, **kwargs):
@@ -318,62 +303,13 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     torch.clear_autocast_cache()  # the weights will change
     return episodes
 
-# ----------------------------- several processes, one for each GPU (torchrun); with one, all of it is skipped
-# All play their share of the questions, then share the episodes. Each micro-batch is divided again; FSDP2 does
-# the rest: a process keeps its part of each layer's weights, gradients and moments.
-def everyone(x):
-    """[x of rank 0, x of rank 1, ...], on every rank."""
-    parts = [x] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, x)
-    return parts
-
-def play(model, env, questions, group_size=1, temperature=1.0):
-    """rollout() by all ranks together, each with its own random numbers; all get all episodes, in order."""
-    if WORLD == 1:
-        return rollout(model, env, questions, group_size, temperature)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(torch.initial_seed() + RANK)
-        mine = questions[RANK::WORLD] or questions[:1]  # without a question too: the ranks gather weights together
-        parts = everyone(rollout(model, env, mine, group_size, temperature))
-    episodes = []
-    for k in range(len(questions)):
-        first = k // WORLD * group_size
-        episodes += parts[k % WORLD][first:first + group_size]
-    return episodes
-
-def shares(micro_batches, action_id):
-    """Yields this rank's rows of each micro-batch and their action_id. A rank that gets none takes part with
-    a row without actions: all must make the same passes."""
-    for rows in micro_batches:
-        mine = rows[RANK::WORLD]
-        if len(mine) > 0:
-            yield mine, action_id[mine]
-        else:
-            yield rows[:1], torch.zeros_like(action_id[rows[:1]])
-
-def shard(model, cfg):
-    """FSDP2. What a layer gathers at its first call stays until its backward: no waiting while tokens are sampled."""
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else OffloadPolicy()
-    for part in [*model.base_model.layers, model]:
-        fully_shard(part, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    # The weights of embedding and head are gathered when the model itself is called. We call its body and its
-    # head one after the other, so the model's call becomes that of the body.
-    model.forward, model.base_model_prefix = model.base_model.forward, ""
-    return model
-
-def local(x):
-    """This rank's part of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
-
 # ------------------------------------------------------ losses: they need torch alone; copy from here ...
 def group_advantages(rewards, group_size):
     """How much better than its group a response is: A = (r - mean) / (std + 1e-6) (v2 eq. 1; sample std and
     1e-6 as in the official code). rewards: (N,), a group's side by side. Returns (N,)."""
     groups = rewards.float().view(-1, group_size)                               # (N / group_size, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
-    std = groups.std(dim=1, keepdim=True, correction=min(1, group_size - 1))
+    std = groups.std(dim=1, keepdim=True)
     # Equal rewards give exactly 0: a mean rounded upwards would make A negative, and LLDS ignore the group.
     unequal = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
     return torch.where(unequal, centred / (std + 1e-6), 0.0).view(-1)
@@ -381,8 +317,7 @@ def group_advantages(rewards, group_size):
 def action_ids(mask):
     """Numbers the actions in a 0/1 mask, for other trainers; (N, T): [0, 1, 1, 0, 1] -> [0, 1, 1, 0, 2]."""
     mask = mask.long()
-    before = torch.nn.functional.pad(mask, (1, -1))  # the same mask, one column later
-    begins = (mask == 1) & (before == 0)
+    begins = mask.diff(dim=1, prepend=mask.new_zeros(len(mask), 1)) == 1
     return begins.cumsum(dim=1) * mask
 
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
@@ -413,7 +348,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     >>> fallen = torch.tensor([[-7., -4., -3.]])                       # lost 3, kept, gained 1: fell by 2
     >>> llds_penalty(fallen, old_logp, advantages, action_id)[0]       # the gate is open: (3 + 0 + 0) / 3
     tensor(1.)
-    >>> risen = torch.tensor([[-7., -4., -0.]])                        # lost 3, kept, gained 4: rose by 1
+    >>> risen = torch.tensor([[-7., -4., 0.]])                         # lost 3, kept, gained 4: rose by 1
     >>> llds_penalty(risen, old_logp, advantages, action_id)[0]        # the gate is closed
     tensor(0.)
 
@@ -423,8 +358,8 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         (v2 eq. 9), the "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty, but the
         gate sees them in full (LLDS-MA, with masked answer: 0 in v1, any weight in v2 eq. 5).
-    denom replaces the number of these tokens, so that micro-batches add up, as the counts in info do.
-    Returns (loss, info). ValueError: unusable gate, answer_weight or advantages."""
+    denom replaces the number of these tokens, so that micro-batches add up.
+    Returns (loss, info: counts). ValueError: unusable gate, answer_weight or advantages."""
     if gate not in ("token", "response", "action"):
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1 or (answer_weight != 1 and answer_mask is None):
@@ -485,11 +420,9 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
 @torch.no_grad()
 def all_logps(model, batch, micro_batches, temperature):
     """token_logps of the updates' own micro-batches: else rounding alone would open the gates of LLDS."""
-    logp, entropy = result = torch.zeros(2, *batch.ids.shape, device=DEVICE)
-    for rows, action_id in shares(micro_batches, batch.action_id):
-        logp[rows], entropy[rows] = token_logps(model, batch.ids[rows], action_id, temperature)
-    if WORLD > 1:
-        dist.all_reduce(result)
+    logp, entropy = torch.zeros(2, *batch.ids.shape, device=DEVICE)
+    for rows in micro_batches:
+        logp[rows], entropy[rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
     return logp, entropy
 
 def split(episodes, group_size, mini_batches, max_tokens):
@@ -498,26 +431,41 @@ def split(episodes, group_size, mini_batches, max_tokens):
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         rows = rows[lengths[rows].argsort()]  # rows of similar length need little padding
-        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]])) * WORLD))
+        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
     return plan
+
+class OffloadedAdamW(torch.optim.AdamW):
+    """AdamW and its moments in the CPU's memory: weights and gradients come there for each step."""
+    def __init__(self, weights, *args, **kwargs):
+        self.weights = list(weights)
+        super().__init__([weight.detach().to("cpu", copy=True) for weight in self.weights], *args, **kwargs)
+
+    @torch.no_grad()
+    def step(self):
+        copies = self.param_groups[0]["params"]
+        for weight, copied in zip(self.weights, copies):
+            copied.copy_(weight)
+            copied.grad = None if weight.grad is None else weight.grad.to("cpu")
+        super().step()
+        for weight, copied in zip(self.weights, copies):
+            weight.copy_(copied)
+
+def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
+    optimizer = OffloadedAdamW if cfg.cpu_offload else torch.optim.AdamW
+    fused = cfg.cpu_offload or GPU  # its other ways are slower there, or take more memory
+    return optimizer(model.parameters(), learning_rate, betas, weight_decay=0, fused=fused)
 
 def optimizer_step(learner):
     """One step, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_norm=1.0)
-    norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_norm=1.0).item()
     if math.isfinite(norm):
         learner.optimizer.step()
     learner.scheduler.step()
-    learner.optimizer.zero_grad()
+    learner.model.zero_grad()
     return norm
 
 def snapshot(model):
-    """A copy of the weights, of this rank's part of them, in the CPU's memory."""
-    return {name: local(x).to("cpu", copy=True) for name, x in model.state_dict().items()}
-
-def restore(model, weights):
-    for name, x in model.state_dict().items():
-        local(x).copy_(weights[name])
+    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}  # costs no GPU memory
 
 def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
@@ -527,8 +475,8 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
     action_tokens, preserved_tokens = is_action.sum(), preserved.sum()
     total = defaultdict(float)
-    for rows, action_id in shares(mini_batch, batch.action_id):
-        advantages, old_logp = batch.advantages[rows], batch.old_logp[rows]
+    for rows in mini_batch:
+        action_id, advantages, old_logp = batch.action_id[rows], batch.advantages[rows], batch.old_logp[rows]
         logp, _ = token_logps(learner.model, batch.ids[rows], action_id, cfg.temperature)
         policy, info = policy_loss(logp, old_logp, advantages, action_id > 0, cfg.clip, action_tokens)
         llds, counts = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
@@ -538,11 +486,10 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
             kl = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
             loss = loss + cfg.beta * kl
             info["kl"] = kl
-        (loss * WORLD).backward()  # FSDP takes the mean over ranks
+        loss.backward()
         for name, value in {"llds": llds, **info, **counts}.items():
             total[name] += value.item()
-    total = {name: sum(part[name] for part in everyone(total)) for name in total}
-    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total.get("kl", 0.0),
+    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total["kl"],
             "clip_frac": total["clipped"] / action_tokens.item(),
             "llds_gate_frac": total["open_units"] / max(1, total["units"])}
 
@@ -554,9 +501,9 @@ def train_step(learner, episodes, cfg):
     batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
     if cfg.beta > 0:  # no second model for the reference: ours takes the initial weights for a moment
         now = snapshot(model)
-        restore(model, learner.start)
+        model.load_state_dict(learner.start)
         batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
-        restore(model, now)
+        model.load_state_dict(now)
     metrics = rollout_metrics(episodes, batch, cfg)
     adaptive = min(metrics["searches"] / 2, 1.0)
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
@@ -610,16 +557,16 @@ def displaced(model, batch, micro_batches, temperature):
 def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches a question: of all, by set, and the mean of the sets."""
     parts = defaultdict(list)
-    for e in play(model, env, questions, temperature=0.0):
-        for part in {"", e.question.get("set") or ""}:
-            parts[part].append(e)
+    for e in rollout(model, env, questions, temperature=0.0):
+        parts[""].append(e)
+        if e.question.get("set"):
+            parts["_" + e.question["set"]].append(e)
     scores = {}
-    for part in sorted(parts):
-        suffix = part and f"_{part}"
-        scores[f"eval_em{suffix}"] = mean([e.reward for e in parts[part]])
-        scores[f"eval_searches{suffix}"] = mean([len(e.searches) for e in parts[part]])
+    for part, episodes in sorted(parts.items()):
+        scores["eval_em" + part] = mean([e.reward for e in episodes])
+        scores["eval_searches" + part] = mean([len(e.searches) for e in episodes])
     if len(parts) > 2:
-        scores["eval_em_average"] = mean([scores[f"eval_em_{part}"] for part in parts if part])
+        scores["eval_em_average"] = mean([scores["eval_em" + part] for part in parts if part])
     return scores
 
 # --------------------------------------------------------------------------------------------------- train
@@ -630,17 +577,11 @@ def stop_after_this_step(number, _):
     STOP.set()
     signal.signal(number, signal.SIG_DFL)
 
-def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
-    model.state_dict()  # FSDP gives back what it gathered for rollouts: parameters() are this rank's parts
-    fused = DEVICE == "cuda" or cfg.cpu_offload  # other ways need room for one more copy of the weights
-    return torch.optim.AdamW(model.parameters(), learning_rate, betas, weight_decay=0, fused=fused)
-
 def start_run(model, start, llds_lambda, cfg):
     """A learner: what training changes and a checkpoint keeps. start: initial weights, or None for these."""
-    if start:
-        restore(model, start)
-    optimizer = adamw(model, cfg.learning_rate, cfg)
+    model.load_state_dict(start or model.state_dict())
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
+    optimizer = adamw(model, cfg.learning_rate, cfg)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.num_iterations * cfg.mini_batches)
     scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
     return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, start=start,
@@ -657,7 +598,7 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         torch.manual_seed(hash((cfg.seed, step)))  # so a resumed run draws the same numbers
         began = time.perf_counter()
         asked = order[(step - 1) * cfg.questions_per_step:step * cfg.questions_per_step]
-        episodes = play(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
+        episodes = rollout(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
         metrics, _ = train_step(learner, episodes, cfg)
         metrics["seconds"] = time.perf_counter() - began
         learner.history.append({"step": step, **metrics})
@@ -665,58 +606,41 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
             show(env, episodes[0], with_prompt=step == cfg.eval_steps)
             learner.history[-1].update(evaluate(learner.model, env, held_out))
         log_step(out, learner.history)
-        stop = any(everyone(STOP.is_set()))
-        if step % cfg.save_steps == 0 or step == cfg.steps or stop:
+        if step % cfg.save_steps == 0 or step == cfg.steps or STOP.is_set():
             save_checkpoint(out, learner)
-        check(not stop or step == cfg.steps, f"stopped after step {step}; see --resume")
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(learner.model, options=whole)
-    if RANK == 0:
-        learner.model.save_pretrained(out, state_dict=weights)
-        env.tok.save_pretrained(out)
+        check(not STOP.is_set() or step == cfg.steps, f"stopped after step {step}; see --resume")
+    learner.model.save_pretrained(out)
+    env.tok.save_pretrained(out)
 
 def log_step(out, history):
     """Writes metrics.jsonl, where a number that is not finite is null, and prints the last step."""
     row = history[-1]
     for name, value in row.items():
         row[name] = value if math.isfinite(value) else None
-    if RANK == 0:
-        unfinished = out / "metrics.tmp"
-        unfinished.write_text("".join(json.dumps(row) + "\n" for row in history))
-        unfinished.replace(out / "metrics.jsonl")  # so a kill leaves no half line
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
     shown = [f" {name} {row[name]:6.3f}" for name in STEP_LINE if row.get(name) is not None]
     print(f"step {row['step']:4}", *shown, flush=True)
 
-def checkpoints(out):
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
-
 def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
-    weights, moments = get_state_dict(learner.model, learner.optimizer)
-    check(all(local(x).isfinite().all() for x in weights.values()), "weights are not finite: not saved")
-    older, unfinished = checkpoints(out), out / "unfinished"
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=unfinished,
-             no_dist=not dist.is_initialized())
-    if RANK == 0:
-        rest = {"scheduler": learner.scheduler.state_dict(), "history": learner.history}
-        (unfinished / "rest.json").write_text(json.dumps(rest))
-        unfinished.rename(out / f"checkpoint-{len(learner.history)}")
-        for folder in older:
-            shutil.rmtree(folder)
+    check(all(x.isfinite().all() for x in learner.model.parameters()), "weights are not finite: not saved")
+    older, unfinished = list(out.glob("checkpoint-*[0-9]")), out / "unfinished"
+    unfinished.mkdir(exist_ok=True)
+    states = {name: vars(learner)[name].state_dict() for name in ("model", "optimizer", "scheduler")}
+    torch.save(states | {"history": learner.history}, unfinished / "training.pt")
+    unfinished.rename(out / f"checkpoint-{len(learner.history)}")
+    for folder in older:
+        shutil.rmtree(folder)
 
 def load_checkpoint(out, learner):
-    """Takes up the last checkpoint in out, if there is one, written by as many processes as it may be."""
-    for folder in checkpoints(out)[-1:]:
-        with supplied(folder, (Exception, dcp.CheckpointException)):
-            weights, moments = get_state_dict(learner.model, learner.optimizer)
-            dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-                     no_dist=not dist.is_initialized())
-            set_state_dict(learner.model, learner.optimizer, model_state_dict=weights,
-                           optim_state_dict=moments)
-            rest = json.loads((folder / "rest.json").read_text())
-            learner.scheduler.load_state_dict(rest["scheduler"])
-            learner.history = rest["history"]
+    """Takes up the last checkpoint in out, if there is one."""
+    complete = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
+    for folder in complete[-1:]:
+        with supplied(folder):
+            states = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            for name in ("model", "optimizer", "scheduler"):
+                vars(learner)[name].load_state_dict(states[name])
+            learner.history = states["history"]
 
 CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
@@ -774,12 +698,10 @@ def load_model(cfg, passages, questions):
             ours = getattr(model.config, "tokenizer_class", None) == "PreTrainedTokenizerFast"
             tokenizer_class = PreTrainedTokenizerFast if ours else AutoTokenizer
             tok = tokenizer_class.from_pretrained(cfg.model, trust_remote_code=False)
+            check_model(model.to(DEVICE), tok)
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # acts in train mode, see token_logps()
-    model = shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
-    if cfg.model != "tiny":
-        check_model(model, tok)
-    return tok, model
+    return tok, model.to(DEVICE)
 
 @torch.no_grad()
 def check_model(model, tok):
@@ -791,9 +713,7 @@ def check_model(model, tok):
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
     feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9])], {0: 0})
     in_pieces = feed(model, cache, [SimpleNamespace(ids=ids)], {0: len(ids) - 9})[0].log_softmax(dim=0)
-    own_forward = type(model).forward  # see shard()
-    logits = own_forward(model, input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1]
-    at_once = logits.float().log_softmax(dim=0)
+    at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].float().log_softmax(dim=0)
     gap = (in_pieces - at_once).abs().mean().item()
     limit = 0.1 if torch.is_autocast_enabled(DEVICE) else 1e-3
     check(gap < limit, f"--model: log-probabilities in a rollout are off by {gap:.2g}, over {limit}")
@@ -804,14 +724,12 @@ def warm_start(model, env, passages, questions, cfg):
     optimizer = adamw(model, cfg.warm_learning_rate, cfg, betas=(0.9, 0.98))
     scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
     learner = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
-    batches = lessons(env, passages, questions, cfg.warm_steps)
-    for episodes in tqdm(batches, "warm start", cfg.warm_steps, disable=RANK > 0):
+    for episodes in tqdm(lessons(env, passages, questions, cfg.warm_steps), "warm start", cfg.warm_steps):
         batch = collate(episodes, len(episodes))
         action_tokens = (batch.action_id > 0).sum()
-        micro_batches = split(episodes, 1, 1, cfg.micro_batch_tokens)[0]
-        for rows, action_id in shares(micro_batches, batch.action_id):
-            logp, _ = token_logps(model, batch.ids[rows], action_id)
-            (-logp.sum() / action_tokens * WORLD).backward()
+        for rows in split(episodes, 1, 1, cfg.micro_batch_tokens)[0]:
+            logp, _ = token_logps(model, batch.ids[rows], batch.action_id[rows])
+            (-logp.sum() / action_tokens).backward()
         optimizer_step(learner)
 
 def fitting(env, questions):
@@ -824,29 +742,10 @@ def fitting(env, questions):
         print(len(wanted) - len(some), "questions are left out: too long for the context")
     return some
 
-def start_processes(cfg):
-    """Joins torchrun's processes, or, with --cpu_offload alone, a group of one."""
-    if "RANK" in os.environ or cfg.cpu_offload:
-        backend = "cpu:gloo,cuda:nccl" if DEVICE == "cuda" else "gloo"
-        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group(backend, **alone)
-        if DEVICE == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")
-
-def claim(out, cfg):
-    """Makes the folder of a run and writes its flags there, before anything is computed."""
-    check(cfg.resume or not any(out.glob("*")), f"--output_dir {out} is not empty")
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "flags.json", "w" if cfg.resume else "x", encoding="utf-8") as file:  # x: for one run
-        json.dump(asdict(cfg) | {"output_dir": "", "resume": ""}, file, indent=1)
-
 @supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
 @supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt))
 def main(argv=None):
     cfg = parse_config(argv)
-    start_processes(cfg)
     set_seed(cfg.seed % 2 ** 32)
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
@@ -861,7 +760,8 @@ def main(argv=None):
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
     env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
-    env.eos_ids |= set(torch.tensor(model.generation_config.eos_token_id or []).view(-1).tolist())
+    eos = model.generation_config.eos_token_id  # None, a number or several
+    env.eos_ids.update(eos if isinstance(eos, list) else [eos])
     questions, held_out = fitting(env, questions), fitting(env, held_out)
     noisy_env = copy.copy(env)
     noisy_env.retriever = ErringRetriever(retriever, passages, cfg.retrieval_noise)
@@ -869,17 +769,17 @@ def main(argv=None):
         show(env, *rollout(model, env, held_out, temperature=0.0))
         return
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
-    out = everyone(Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}"))[0]
+    out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
     can_resume = trains and any(out.rglob("checkpoint-*"))
     check(not cfg.resume or can_resume, f"--resume {out}: no checkpoint there, or --eval or --ask beside it")
-    if RANK == 0:
-        claim(out, cfg)
+    with supplied(f"--output_dir {out}"):
+        out.mkdir(parents=True, exist_ok=bool(cfg.resume))  # a new folder is claimed before all computing
+    (out / "flags.json").write_text(json.dumps(asdict(cfg) | {"output_dir": "", "resume": ""}, indent=1))
     warm_start(model, env, passages, everything, cfg)
     scores = evaluate(model, env, held_out)
     print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
     if cfg.eval:
-        if RANK == 0:
-            (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
+        (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
@@ -887,16 +787,13 @@ def main(argv=None):
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         folder.mkdir(exist_ok=True)
-        if folder != out:
-            shutil.copy(out / "flags.json", folder)
+        (folder / "flags.json").write_text((out / "flags.json").read_text())
         print(f"\nlambda {llds_lambda:g}: {folder}")
         learner = start_run(model, start, llds_lambda, cfg)
         train(learner, noisy_env, env, questions, held_out, folder, cfg)
         runs[f"lambda {llds_lambda:g}"] = learner.history
-    report(runs, out / "curves.png" if cfg.plot and RANK == 0 else None)
+    report(runs, out / "curves.png" if cfg.plot else None)
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without the curves' characters is no reason to stop
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
