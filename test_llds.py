@@ -529,6 +529,26 @@ def test_micro_batches_do_not_change_the_update(monkeypatch):
     frozen = stepped(10 ** 6, freeze_embeddings=True)
     assert torch.equal(frozen.weights[0], agent(30)[0].float().get_input_embeddings().weight)
 
+def test_offload_moves_the_optimizer_and_changes_nothing_else():
+    """Two steps, frozen embeddings and all; the moments and weights that AdamW holds are copies."""
+    def trained(**flags):
+        model, env, questions = agent(32)
+        episodes = llds.rollout(model.float(), env, questions, 4)
+        for i, e in enumerate(episodes):
+            e.reward = float(i % 3 == 0)
+        cfg = llds.Config(group_size=4, mini_batches=2, learning_rate=1e-3, freeze_embeddings=True, **flags)
+        learner = llds.start_run(model, None, 1.0, cfg)
+        for _ in range(2):
+            torch.manual_seed(0)
+            llds.train_step(learner, episodes, cfg)
+        held = learner.optimizer.param_groups[0]["params"]
+        ours = {weight.data_ptr() for weight in model.parameters()}
+        return [weight.detach() for weight in model.parameters()], ours & {x.data_ptr() for x in held}
+    (want, shared), (got, copied) = trained(), trained(cpu_offload=True)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    start = [weight.float() for weight in agent(32)[0].parameters()]
+    assert shared and not copied and [torch.equal(*pair) for pair in zip(got, start)].count(True) == 1
+
 def test_metrics_by_hand():
     """Of right and wrong responses, of actions and numbers of searches; what fell during the step."""
     run = stepped()
@@ -1082,6 +1102,11 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
     with pytest.raises(SystemExit, match="2"):
         llds.main([])
     assert "--micro_batch_tokens" in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")                                  # as torchrun does
+    with pytest.raises(SystemExit, match="2"):
+        llds.main([])
+    assert "torchrun" in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
         assert ("WARNING" in capsys.readouterr().err) == (llds_lambda != "0")
