@@ -442,13 +442,14 @@ class OffloadedAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self):
-        copies = self.param_groups[0]["params"]
-        for weight, copied in zip(self.weights, copies):
+        pairs = list(zip(self.weights, self.param_groups[0]["params"]))
+        for weight, copied in pairs:
             copied.copy_(weight)
             copied.grad = None if weight.grad is None else weight.grad.to("cpu")
         super().step()
-        for weight, copied in zip(self.weights, copies):
+        for weight, copied in pairs:
             weight.copy_(copied)
+            copied.grad = None
 
 def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
     optimizer = OffloadedAdamW if cfg.cpu_offload else torch.optim.AdamW
@@ -483,9 +484,8 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
                                     batch.answer_mask[rows], answer_weight, preserved_tokens)
         loss = policy + learner.llds_lambda * llds  # the whole method
         if cfg.beta > 0:
-            kl = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
-            loss = loss + cfg.beta * kl
-            info["kl"] = kl
+            info["kl"] = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
+            loss = loss + cfg.beta * info["kl"]
         loss.backward()
         for name, value in {"llds": llds, **info, **counts}.items():
             total[name] += value.item()
