@@ -91,7 +91,7 @@ REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, st
                   warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384, warm_steps=0)
 LEAST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, max_turns=1, top_k=1, max_new_tokens=1,
              questions_per_step=1, mini_batches=1, num_iterations=1, rollout_batch=1, micro_batch_tokens=1,
-             save_steps=1, eval_steps=1)  # what a number must be at least, else 0
+             save_steps=1, eval_steps=1)  # the least a number may be; of all others: 0
 
 def parse_config(argv=None):
     """Command line -> Config. --model and --resume are read first: the other defaults depend on them."""
@@ -146,7 +146,7 @@ class Environment:
         self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
         self.eos_ids = {tok.eos_token_id}  # each of them ends an action; main() adds the model's own
         special = [re.escape(token.content) for token in tok.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(special) or "(?!)")  # no text from outside may hold these
+        self.special = re.compile("|".join(special) or "(?!)")  # never from outside; (?!) matches nothing
 
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False)
@@ -505,7 +505,7 @@ def train_step(learner, episodes, cfg):
         batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
         model.load_state_dict(now)
     metrics = rollout_metrics(episodes, batch, cfg)
-    adaptive = min(metrics["searches"] / 2, 1.0)
+    adaptive = min(metrics["searches"] / 2, 1.0)  # v2: in full from two searches a rollout on
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
     updates = []
     for _ in range(cfg.num_iterations):
