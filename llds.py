@@ -219,12 +219,11 @@ class SlotCache(Cache):
         super().__init__(layers=[])
         self.rows, self.cells, self.buffers = rows, cells, {}
 
-    def begin_pass(self, rows, position):
-        """The next pass feeds these rows (a list) at these positions, (rows, width). Returns its mask."""
-        self.target = torch.tensor(rows, device=DEVICE)[:, None], position
-        self.used = int(position.max()) + 1
+    def begin_pass(self, rows, position, used):
+        """The next pass feeds rows, a list, at position, (rows, width), all below used. Returns its mask."""
+        self.target, self.used = (torch.tensor(rows, device=DEVICE)[:, None], position), used
         self.source = slice(len(rows)) if rows == [*range(len(rows))] else rows  # a slice needs no copy
-        return torch.arange(self.used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
+        return torch.arange(used, device=DEVICE) <= position[:, None, :, None]
 
     def update(self, keys, values, layer, *args, **kwargs):
         """What a layer calls: stores the new keys and values, returns all that these rows may look at."""
@@ -250,7 +249,8 @@ def feed(model, cache, live, starts):
     """One forward pass: reads live[r].ids from starts[r] on. Returns the next token's logits, (rows, V)."""
     ids = rectangle([live[r].ids[start:] for r, start in starts.items()])               # (rows, width)
     position = rectangle([list(range(start, len(live[r].ids))) for r, start in starts.items()])
-    mask = cache.begin_pass(list(starts), position)
+    used = max(len(live[r].ids) for r in starts)
+    mask = cache.begin_pass(list(starts), position, used)                   # (rows, 1, width, used)
     hidden = model.base_model(ids, mask, position, cache, use_cache=True)[0]            # (rows, width, D)
     return model.get_output_embeddings()(hidden[:, -1]).float()
 

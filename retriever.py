@@ -41,8 +41,7 @@ def read_lines(path):
                 yield number, json.loads(line)
 
 def load_corpus(path):
-    """Passages from jsonl[.gz], in Search-R1's format: an object a line, with at least a string `contents`,
-    '"Title"\\ntext'. An error names the file and the line."""
+    """Passages from jsonl[.gz]: in Search-R1's format, objects with a string `contents`, '"Title"\\ntext'."""
     rows = list(read_lines(path))
     check(rows, f"{path}: the corpus is empty")
     for number, passage in rows:
@@ -112,7 +111,8 @@ def exact_match(prediction, golden_answers):
     return 0.0
 
 ALONE = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-TERM = re.compile(rf"[{ALONE}]|[^\W{ALONE}]+")
+MARKS = r"\u0300-\u036f\u0591-\u05c7\u064b-\u065f\u0900-\u0963\u0966-\u0dff"  # accents, vowel signs: no \w
+TERM = re.compile(rf"[{ALONE}]|(?:(?![{ALONE}])[\w{MARKS}])+")
 
 def words(text):
     """Lower-case words, and characters of Thai, Chinese, ...: "It is .fr 東京" -> it, is, fr, 東, 京."""
