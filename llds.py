@@ -5,12 +5,12 @@
     python llds.py --model Qwen/Qwen2.5-0.5B-Instruct    the same code with a real model, on one GPU
 
 GRPO samples a group of responses to each question, scores them, and makes the tokens of better ones likelier,
-those of worse ones less likely: also the good search that a wrong response began with. Right responses begin
-with that search too, and lose likelihood: lazy likelihood displacement. The model grows unsure, its wrong
-responses unlikely, the pushes against them stronger, until the run collapses. LLDS adds lambda times what
-responses no worse than their group have lost since they were sampled, max(0, old_logp - logp); in the first
-update of a step both come from the same weights, and that is 0. (arXiv 2512.04220; v1, v2: its versions.)
-The file follows the data. N responses, T tokens (right-padded), M action tokens, D hidden units, V words.
+those of worse ones less likely. Right responses close to a wrong one, down to the same search, are dragged
+along and lose likelihood: lazy likelihood displacement. The model grows unsure; the less likely a wrong
+response, the larger its gradient; the run collapses. LLDS adds lambda times what responses no worse than the
+group have lost since they were sampled, max(0, old_logp - logp); in a step's first update both come from the
+same weights, and that is 0. The paper: arXiv 2512.04220, versions v1 and v2. The file follows the data:
+N responses, T tokens (right-padded), M action tokens, D hidden units, V words.
 """
 import copy, json, math, os, random, re, shutil, signal, sys, threading, time
 from collections import defaultdict
@@ -30,7 +30,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, Cache, HfArgument
 
 from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, ErringRetriever, HTTPRetriever, between, check,
                        clean, exact_match, information, lessons, load_corpus, load_questions, supplied,
-                       tiny_agent)
+                       tiny_agent)  # check, supplied: a user's mistake ends the program in one sentence
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -70,7 +70,7 @@ class Config:
     llds_lambda: list[float] = field(default_factory=lambda: [0.1], metadata={
         "help": "weight of the penalty, 0: plain GRPO; several: a run for each, from the same start"})
     llds_gate: Literal["token", "response", "action"] = flag("response", "what must have lost likelihood")
-    answer_weight: str = flag("1", "of the answer's tokens in the penalty: 0 to 1, or 'adaptive' (v2 eq. 5)")
+    answer_weight: str = flag("1", "of the answer's tokens in the penalty (v2 eq. 5): 0 to 1, or 'adaptive'")
     early_answers: float = flag(0.6, "share of scripted two-hop episodes that answer after one search")
     warm_steps: int = flag(800, "supervised steps on scripted, imperfect episodes before GRPO")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
@@ -96,7 +96,7 @@ LEAST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, max_turns=1
 def parse_config(argv=None):
     """Command line -> Config. --model and --resume are read first: the other defaults depend on them."""
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.partition("\n")[0])
-    first = parser.parse_known_args(argv)[0]
+    first = HfArgumentParser(Config, allow_abbrev=False, add_help=False).parse_known_args(argv)[0]
     defaults = {} if first.model == "tiny" else REAL_MODEL
     saved = Path(first.resume or first.model, "flags.json")  # of the run that wrote this folder
     if first.resume or saved.exists():
@@ -107,7 +107,8 @@ def parse_config(argv=None):
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.resume:
         changed = {name: x for name, x in vars(cfg).items() if x != defaults[name] and name != "resume"}
-        check("model" not in changed, "--resume goes on with the run's own model, not with another --model")
+        check(not {"model", "output_dir", "eval", "ask"} & changed.keys(),
+              "--resume goes on with a run as it was: no --model, --output_dir, --eval or --ask beside it")
         print("flags that differ from the run's own:", changed)
     for name, value in (vars(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
         least = LEAST.get(name, 0)
@@ -330,12 +331,12 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     change = (logp - old_logp.detach()).masked_fill(~mask, 0)  # masked before exp: what is there may be inf
     ratio = change.clamp(max=20).exp()  # as verl does: exp(89) is inf
     free = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages  # min: beyond clip, no gradient further that way
     loss = -(torch.min(free, clipped) * mask).sum() / max(1, mask.sum() if denom is None else denom)
     return loss, {"clipped": ((clipped < free) & mask).sum()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
-    """KL to the initial model by k3: exp(r) - r - 1, r = ref_logp - logp, token mean. Arguments as above."""
+    """KL to the initial model, token mean, by the estimate k3 = exp(r) - r - 1, r = ref_logp - logp."""
     r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)           # (N, T)
     return (r.exp() - r - 1).sum() / max(1, mask.sum() if denom is None else denom)
 
@@ -354,11 +355,11 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
 
     logp, old_logp: (N, T), of the present policy and of the one that sampled. advantages: (N,); good is >= 0,
         no worse than its group, even if all is wrong. action_id: (N, T), k on the k-th action's tokens, or 0.
-    gate: 1 for the tokens of a unit whose summed likelihood has fallen, else 0. The unit is the "token"
+    gate: 1 for the tokens of a unit whose log-likelihood has fallen, else 0. The unit is the "token"
         (v2 eq. 9), the "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
     answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty, but the
         gate sees them in full (LLDS-MA, with masked answer: 0 in v1, any weight in v2 eq. 5).
-    denom replaces the number of these tokens, so that micro-batches add up.
+    denom replaces the number of good responses' action tokens, so that micro-batches add up.
     Returns (loss, info: counts). ValueError: unusable gate, answer_weight or advantages."""
     if gate not in ("token", "response", "action"):
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
@@ -453,8 +454,7 @@ class OffloadedAdamW(torch.optim.AdamW):
 
 def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
     optimizer = OffloadedAdamW if cfg.cpu_offload else torch.optim.AdamW
-    fused = cfg.cpu_offload or GPU  # its other ways are slower there, or take more memory
-    return optimizer(model.parameters(), learning_rate, betas, weight_decay=0, fused=fused)
+    return optimizer(model.parameters(), learning_rate, betas, weight_decay=0, fused=cfg.cpu_offload or GPU)
 
 def optimizer_step(learner):
     """One step, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
@@ -508,9 +508,8 @@ def train_step(learner, episodes, cfg):
     adaptive = min(metrics["searches"] / 2, 1.0)  # v2: in full from two searches a rollout on
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
     updates = []
-    for _ in range(cfg.num_iterations):
-        for mini_batch in mini_batches:
-            updates.append(update(learner, batch, mini_batch, metrics["answer_weight"], cfg))
+    for mini_batch in mini_batches * cfg.num_iterations:
+        updates.append(update(learner, batch, mini_batch, metrics["answer_weight"], cfg))
     for name in updates[0]:
         metrics[name] = mean([info[name] for info in updates])
     metrics["skipped_updates"] = sum(not math.isfinite(info["grad_norm"]) for info in updates)
@@ -537,13 +536,13 @@ def rollout_metrics(episodes, batch, cfg):
     return metrics
 
 def first_action_match(episodes, group_size):
-    """Share of wrong responses, beside right ones, whose first search found what theirs did (figure 5)."""
+    """Share of wrong responses, in groups with right ones, whose first search found the same (v2 fig. 5)."""
     matches = []
     for i in range(0, len(episodes), group_size):
         group = episodes[i:i + group_size]
         found = [e.searches[:1] for e in group if e.reward]
         if found:
-            matches += [e.searches[:1] in found and e.searches != [] for e in group if not e.reward]
+            matches += [e.searches[:1] in found and any(e.searches[:1]) for e in group if not e.reward]
     return mean(matches)
 
 def displaced(model, batch, micro_batches, temperature):
@@ -588,8 +587,7 @@ def start_run(model, start, llds_lambda, cfg):
                            llds_lambda=llds_lambda, history=[])
 
 def train(learner, noisy_env, env, questions, held_out, out, cfg):
-    """The algorithm: cfg.steps times rollouts in noisy_env, then updates. Writes metrics, checkpoints and the
-    model to the folder `out`; goes on from the last checkpoint there."""
+    """The algorithm: cfg.steps times rollouts in noisy_env, then updates. All is kept in the folder `out`."""
     load_checkpoint(out, learner)
     order, shuffle = [], random.Random(cfg.seed)
     while len(order) < cfg.steps * cfg.questions_per_step:  # every question once, then all again
@@ -638,6 +636,7 @@ def load_checkpoint(out, learner):
     for folder in complete[-1:]:
         with supplied(folder):
             states = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+            del states["scheduler"]["base_lrs"]  # --learning_rate may be another now
             for name in ("model", "optimizer", "scheduler"):
                 vars(learner)[name].load_state_dict(states[name])
             learner.history = states["history"]
@@ -708,7 +707,8 @@ def check_model(model, tok):
     """Refuses a model that, fed in pieces and without its own head's extras, as here, gives other logits."""
     kinds = {*(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
     kinds |= {"sliding_window"} if getattr(model.config, "sliding_window", None) else set()
-    check(not kinds, f"--model: only full attention is supported, not {', '.join(sorted(kinds))}")
+    kinds |= {"dropout" for part in model.modules() if isinstance(part, torch.nn.Dropout) and part.p > 0}
+    check(not kinds, f"--model: {', '.join(sorted(kinds))} is not supported")
     check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
     feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9])], {0: 0})
@@ -749,14 +749,13 @@ def main(argv=None):
     set_seed(cfg.seed % 2 ** 32)
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
-    torch.set_autocast_cache_enabled(False)  # but for rollouts
+    torch.set_autocast_cache_enabled(False)  # a kept cast is stale after an update; only rollout() keeps any
     corpus = cfg.corpus or str(Path(__file__).with_name("tiny_corpus.jsonl"))
     passages = load_corpus(corpus)
-    trains = cfg.ask is None and not cfg.eval
-    questions = load_questions(cfg.train_data or corpus, "train") if trains else []
+    questions = load_questions(cfg.train_data or corpus, "train") if cfg.ask is None and not cfg.eval else []
     asked = [{"question": cfg.ask, "golden_answers": []}]
     held_out = load_questions(cfg.eval_data or corpus, "test") if cfg.ask is None else asked
-    everything = questions + held_out  # for the warm start, in worlds where all names are others
+    everything = questions + held_out  # for the warm start, whose worlds have the names swapped
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
     env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
@@ -770,14 +769,15 @@ def main(argv=None):
         return
     stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
     out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
-    can_resume = trains and any(out.rglob("checkpoint-*"))
-    check(not cfg.resume or can_resume, f"--resume {out}: no checkpoint there, or --eval or --ask beside it")
+    check(not cfg.resume or any(out.rglob("checkpoint-*")), f"--resume {out}: there is no checkpoint")
     with supplied(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=bool(cfg.resume))  # a new folder is claimed before all computing
-    (out / "flags.json").write_text(json.dumps(asdict(cfg) | {"output_dir": "", "resume": ""}, indent=1))
-    warm_start(model, env, passages, everything, cfg)
-    scores = evaluate(model, env, held_out)
-    print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
+    flags = asdict(cfg) | {"output_dir": "", "resume": ""}
+    (out / "flags.json").write_text(json.dumps(flags, indent=1))
+    warm_start(model, env, passages, everything, cfg)  # with --resume too: the start of further lambdas
+    if not cfg.resume:
+        scores = evaluate(model, env, held_out)
+        print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
     if cfg.eval:
         (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
         return
@@ -787,7 +787,7 @@ def main(argv=None):
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         folder.mkdir(exist_ok=True)
-        (folder / "flags.json").write_text((out / "flags.json").read_text())
+        (folder / "flags.json").write_text(json.dumps(flags | {"llds_lambda": [llds_lambda]}, indent=1))
         print(f"\nlambda {llds_lambda:g}: {folder}")
         learner = start_run(model, start, llds_lambda, cfg)
         train(learner, noisy_env, env, questions, held_out, folder, cfg)

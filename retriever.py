@@ -193,13 +193,13 @@ REFUSED = urllib.error.HTTPError, http.client.HTTPException, ValueError, KeyErro
 class HTTPRetriever:
     """A server of Search-R1's protocol: to POST {"queries": [...], "topk": k, "return_scores": true} it sends
     {"result": [[{"document": {"contents": ...}, "score": x}, ...], ...]}, a list for each query."""
-    def __init__(self, url, timeout=60, tries=5):
+    def __init__(self, url, timeout=300, tries=7):
         check(re.match(r"https?://[^\s/]+", url), f"--retriever_url {url}: must begin with http://HOST")
         self.url, self.timeout, self.tries = url, timeout, tries
 
     def search(self, queries, k):
-        """As BM25.search. Waits 1, 2, 4, ... seconds after a failure. OSError if the server is gone. If it
-        refuses, each query is asked alone, and one that is refused again finds nothing."""
+        """As BM25.search. Waits 1, 2, 4, ... seconds after a failure. OSError if the server is gone, or
+        says so (503). If it refuses, each query is asked alone; one that is refused again finds nothing."""
         body = json.dumps({"queries": queries, "topk": k, "return_scores": True}).encode()
         request = urllib.request.Request(self.url, body, {"Content-Type": "application/json"})
         for attempt in range(self.tries if queries else 0):
@@ -212,7 +212,7 @@ class HTTPRetriever:
                         for _, some in zip(queries, documents, strict=True)]
             except (OSError, *REFUSED) as error:
                 failure = error
-        if queries and not isinstance(failure, REFUSED):
+        if queries and (not isinstance(failure, REFUSED) or getattr(failure, "code", 0) > 500):
             raise OSError(f"retrieval server {self.url}: {failure!r}, {self.tries} times") from failure
         if len(queries) == 1:
             print(f"WARNING: {self.url} refuses the query {queries[0]!r}: {failure!r}", file=sys.stderr)

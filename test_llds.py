@@ -603,6 +603,20 @@ def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_u
     right = {passage["contents"] for passage in PASSAGES[:100]}
     assert searched and all(set(found) <= right for e in searched for found in e.searches)
 
+def test_a_resumed_run_takes_the_new_learning_rate(tmp_path):
+    """From its second update on; a model with dropout is none of ours."""
+    model, env, questions = agent(36)
+    rates = []
+    for rate in (1e-3, 4e-3):
+        cfg = llds.Config(questions_per_step=4, steps=len(rates) + 1, learning_rate=rate, warmup_ratio=0.0)
+        learner = llds.start_run(model, None, 0.1, cfg)
+        llds.train(learner, env, env, questions, questions[:1], tmp_path, cfg)
+        rates += learner.scheduler.get_last_lr()
+    assert rates == [1e-3, 4e-3] and len(learner.history) == 2
+    model.base_model.resid = torch.nn.Dropout(0.1)
+    with pytest.raises(SystemExit):
+        llds.check_model(model, env.tok)
+
 def test_first_action_match_by_hand():
     """One: the right response found a, then c; the wrong ones a, b; b, a; nothing; nothing: 1 of 4. Two: two
     right ones did not search, one found a; the wrong ones a; nothing: 1 of 2. Three: none is right."""
@@ -611,6 +625,7 @@ def test_first_action_match_by_hand():
     for groups, want in ((one, 1 / 4), (two, 1 / 2), (one + two + three, 2 / 6), (three, math.nan)):
         episodes = [SimpleNamespace(searches=[[name] for name in found], reward=r) for found, r in groups]
         near(llds.first_action_match(episodes, 5), want)
+    near(llds.first_action_match([SimpleNamespace(searches=[[]], reward=r) for r in (1, 0)], 2), 0)  # found nothing
 
 def test_evaluation_tells_sets_apart(monkeypatch):
     """Greedily: exact match and searches of all, by set, and the mean of the sets, of whatever size."""
@@ -964,6 +979,9 @@ def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
     Replies(monkeypatch, lambda queries: REFUSED if len(queries) > 1 else DOWN)
     with pytest.raises(OSError, match="http://x:1/r"):
         HTTPRetriever("http://x:1/r", tries=1).search(["a", "b"], 3)
+    Replies(monkeypatch, lambda queries: urllib.error.HTTPError("http://x", 503, "away", {}, None))
+    with pytest.raises(OSError, match="503"):                              # gone for a while is gone
+        HTTPRetriever("http://x:1/r").search(["a"], 3)
 
 @pytest.mark.parametrize("arguments, why", [(["--corpus", "none.jsonl"], "none.jsonl"), (["--port", "{port}"], "{port}")])
 def test_the_command_says_what_is_wrong(tmp_path, arguments, why):
@@ -1071,11 +1089,12 @@ BAD = {  # flags: what the sentence names
     "--temperature 0": "--temperature", "--answer_weight 1.5": "--answer_weight",
     "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retrieval_noise 40": "--retrieval_noise",
     "--early_answers 7": "--early_answers", "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask",
-    "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--resume run --eval": "no checkpoint",
+    "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--resume run --eval": "--eval",
     "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--corpus no.jsonl": "no.jsonl",
     "--eval_data no.jsonl": "no.jsonl", "--model odd": "odd", "--model bare": "bare",
     "--model window": "sliding_window", "--output_dir odd": "odd", "--output_dir file/x": "file",
-    "--resume odd": "flags.json", "--resume run": "no checkpoint", "--resume run --model bare": "--model"}
+    "--resume odd": "flags.json", "--resume run": "no checkpoint", "--resume run --model bare": "--model",
+    "--resume run --ask Who?": "--ask"}
 
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
