@@ -417,7 +417,7 @@ def agent(seed, max_length=math.inf, **flags):
             torch.nn.init.normal_(weight, 0, .25)
     for token, fondness in LIKES.items():
         model.lm_head.bias.data[tok.convert_tokens_to_ids(token)] = fondness
-    right = [*tok.get_vocab()][::2]
+    right = sorted(tok.get_vocab())[::2]
     questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": right}
                  for i, q in enumerate(QUESTIONS[:7])]
     cfg = dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags
