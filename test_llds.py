@@ -538,15 +538,16 @@ def test_offload_moves_the_optimizer_and_changes_nothing_else():
             e.reward = float(i % 3 == 0)
         cfg = llds.Config(group_size=4, mini_batches=2, learning_rate=1e-3, freeze_embeddings=True, **flags)
         learner = llds.start_run(model, None, 1.0, cfg)
-        for _ in range(2):
+        for scale in (1.01, 1.0):
             torch.manual_seed(0)
             llds.train_step(learner, episodes, cfg)
+            model.load_state_dict({name: x * scale for name, x in model.state_dict().items()})   # as a resume does
         held = learner.optimizer.param_groups[0]["params"]
         ours = {weight.data_ptr() for weight in model.parameters()}
         return [weight.detach() for weight in model.parameters()], ours & {x.data_ptr() for x in held}
     (want, shared), (got, copied) = trained(), trained(cpu_offload=True)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    start = [weight.float() for weight in agent(32)[0].parameters()]
+    start = [weight.float() * 1.01 for weight in agent(32)[0].parameters()]
     assert shared and not copied and [torch.equal(*pair) for pair in zip(got, start)].count(True) == 1
 
 def test_metrics_by_hand():
@@ -1069,6 +1070,7 @@ def test_three_steps_from_the_command_line(whole, capsys, monkeypatch):
     llds.main([*trained, "--eval", "--output_dir", "scores"])
     said, scores = capsys.readouterr().out, json.loads(Path("scores/eval.json").read_text())
     assert scores.pop("flags")["corpus"] == "small.jsonl" and "eval_em" in scores
+    assert json.loads(Path("out/lambda_0/flags.json").read_text())["llds_lambda"] == [0]
     assert all(name in said for name in scores)
 
 @pytest.mark.parametrize("name", DEATHS)
@@ -1079,7 +1081,8 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     monkeypatch.setattr(llds, "train_step", lambda *args: steps.append(1) or train_step(*args))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     llds.main(["--resume", "out", "--rollout_batch", "99"])
-    assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in said and "held-out questions" not in said
     assert outcome(Path.cwd()) == outcome(whole)
     assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
 
