@@ -510,6 +510,8 @@ def test_llds_acts_from_the_second_update_on(gate):
     for flags in (dict(mini_batches=1, num_iterations=1), dict(rate=0.0)):  # a first update; none moves
         metrics = stepped(llds_gate=gate, **flags).metrics
         assert metrics["llds"] == metrics["llds_gate_frac"] == metrics["clip_frac"] == 0.0
+    run = stepped(mini_batches=1, num_iterations=1)
+    near(run.metrics["kl"], llds.kl_penalty(run.batch.old_logp, run.batch.ref_logp, run.batch.action_id > 0))
     metrics = stepped(llds_gate=gate, mini_batches=1).metrics             # a second one, on the same rollouts
     assert metrics["llds"] > 0 and metrics["clip_frac"] > 0 and metrics["kl"] > 0
 
@@ -1130,6 +1132,9 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
         llds.main([])
     assert "torchrun" in capsys.readouterr().err
     monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(SystemExit, match="0"):
+        llds.parse_config(["--model", "x", "--help"])
+    assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
         assert ("WARNING" in capsys.readouterr().err) == (llds_lambda != "0")
