@@ -1203,7 +1203,7 @@ def bare(model, calls):
     """The limit: the forwards of a rollout, the same tokens in the same shapes, and nothing around them."""
     cache = llds.SlotCache(max(len(ids) for ids, _ in calls), max(int(x.max()) for _, x in calls) + 1)
     for ids, position in calls:
-        mask = cache.aim([*range(len(ids))], position)
+        mask = cache.begin_pass([*range(len(ids))], position, int(position.max()) + 1)
         model.get_output_embeddings()(model.base_model(ids, mask, position, cache, use_cache=True)[0][:, -1])
 
 def update(model, episodes, llds_lambda=0.1):
