@@ -439,7 +439,7 @@ class OffloadedAdamW(torch.optim.AdamW):
     """AdamW and its moments in the CPU's memory: weights and gradients come there for each step."""
     def __init__(self, weights, *args, **kwargs):
         self.weights = list(weights)
-        super().__init__([weight.detach().to("cpu", copy=True) for weight in self.weights], *args, **kwargs)
+        super().__init__([torch.empty_like(x, device="cpu") for x in self.weights], *args, **kwargs)
 
     @torch.no_grad()
     def step(self):
