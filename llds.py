@@ -243,7 +243,7 @@ class SlotCache(Cache):
 
 def rectangle(rows):
     """Lists of integers -> (rows, longest). A shorter list repeats its last number: a token fed again."""
-    width = max(len(row) for row in rows)
+    width = max(map(len, rows))
     return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=DEVICE)
 
 def feed(model, cache, live, starts):
@@ -450,7 +450,6 @@ class OffloadedAdamW(torch.optim.AdamW):
         super().step()
         for weight, copied in pairs:
             weight.copy_(copied)
-            copied.grad = None
 
 def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
     optimizer = OffloadedAdamW if cfg.cpu_offload else torch.optim.AdamW
@@ -464,9 +463,6 @@ def optimizer_step(learner):
     learner.scheduler.step()
     learner.model.zero_grad()
     return norm
-
-def snapshot(model):
-    return {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}  # costs no GPU memory
 
 def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
@@ -500,10 +496,11 @@ def train_step(learner, episodes, cfg):
     micro_batches = list(chain(*mini_batches))
     batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
     if cfg.beta > 0:  # no second model for the reference: ours takes the initial weights for a moment
-        now = snapshot(model)
+        now = copy.deepcopy(model.state_dict())  # there is room for it as long as there are no gradients
         model.load_state_dict(learner.start)
         batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
         model.load_state_dict(now)
+        del now
     metrics = rollout_metrics(episodes, batch, cfg)
     adaptive = min(metrics["searches"] / 2, 1.0)  # v2: in full from two searches a rollout on
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
@@ -578,7 +575,8 @@ def stop_after_this_step(number, _):
 
 def start_run(model, start, llds_lambda, cfg):
     """A learner: what training changes and a checkpoint keeps. start: initial weights, or None for these."""
-    model.load_state_dict(start or model.state_dict())
+    if start is not None:
+        model.load_state_dict(start)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     optimizer = adamw(model, cfg.learning_rate, cfg)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.num_iterations * cfg.mini_batches)
@@ -615,7 +613,7 @@ def log_step(out, history):
     row = history[-1]
     for name, value in row.items():
         row[name] = value if math.isfinite(value) else None
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)) + "\n")
     shown = [f" {name} {row[name]:6.3f}" for name in STEP_LINE if row.get(name) is not None]
     print(f"step {row['step']:4}", *shown, flush=True)
 
@@ -649,15 +647,16 @@ def show(env, e, with_prompt=False):
     kinds = ["trained" if k else "masked" for k in e.action_id]
     if e.answer_start is not None:
         kinds[e.answer_start:] = ["right" if e.reward else "wrong"] * (len(e.ids) - e.answer_start)
-    styles = {"masked": "[[{}]]"}
-    if sys.stdout.isatty():
-        colours = dict(masked=2, trained=1, right=32, wrong=31)
-        styles = {kind: f"\033[{number}m{{}}\033[0m" for kind, number in colours.items()}
+    colours = dict(masked=2, trained=1, right=32, wrong=31)  # the terminal's codes: dim, bright, green, red
     print("\n" + e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     shown = range(0 if with_prompt else e.action_id.index(1), len(e.ids))
     for kind, positions in groupby(shown, key=kinds.__getitem__):
         text = env.decode([e.ids[t] for t in positions])
-        print(styles.get(kind, "{}").replace("{}", text), end="")
+        if sys.stdout.isatty():
+            text = f"\033[{colours[kind]}m{text}\033[0m"
+        elif kind == "masked":
+            text = f"[[{text}]]"
+        print(text, end="")
     print("\n")
 
 def sparkline(values):
@@ -783,7 +782,8 @@ def main(argv=None):
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
-    runs, start = {}, snapshot(model) if len(cfg.llds_lambda) > 1 or cfg.beta > 0 else None
+    start = copy.deepcopy(model).cpu().state_dict() if cfg.beta > 0 or len(cfg.llds_lambda) > 1 else None
+    runs = {}
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
         folder.mkdir(exist_ok=True)

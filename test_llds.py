@@ -497,7 +497,7 @@ def stepped(micro_batch_tokens=800, rate=0.3, **flags):
         e.reward = float(i % 3 == 0 or e.answer_start is not None)
     cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=".5",
                              micro_batch_tokens=micro_batch_tokens) | flags)
-    learner = llds.start_run(model, llds.snapshot(model), 1.0, cfg)
+    learner = llds.start_run(model, copy.deepcopy(model.state_dict()), 1.0, cfg)
     learner.start, learner.optimizer = agent(31)[0].state_dict(), torch.optim.SGD(model.parameters(), rate)
     torch.manual_seed(0)                                                   # the same plan for everyone
     metrics, b = llds.train_step(learner, episodes, cfg)
@@ -673,7 +673,7 @@ def test_an_update_without_a_finite_gradient_is_skipped():
     model = torch.nn.Linear(2, 1)
     learner = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0))
     learner.scheduler = torch.optim.lr_scheduler.ConstantLR(learner.optimizer, 1.0)
-    start = llds.snapshot(model)
+    start = copy.deepcopy(model.state_dict())
     for x, size in ((math.inf, 0), (1.0, 1)):                              # of the step: none, or cut to 1
         (model(torch.ones(1, 2)) * x).sum().backward()
         norm = llds.optimizer_step(learner)
@@ -702,7 +702,7 @@ def test_the_readme_loop_runs_and_is_silent_at_first():
 def test_the_readme_probe():
     """Each question is learned alone, from the same weights. GRPO lowers some, with LLDS they lose less."""
     model, env, questions = agent(34)
-    before, probe, changes = llds.snapshot(model.float()), snippet("def probe(")["probe"], []
+    before, probe, changes = copy.deepcopy(model.float().state_dict()), snippet("def probe(")["probe"], []
     cfg = llds.Config(group_size=32, num_iterations=3, learning_rate=1e-2)
     for llds_lambda in (0.0, 4.0):
         torch.manual_seed(0)                                               # the same rollouts
