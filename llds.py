@@ -140,6 +140,7 @@ class Episode:
     answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
     reward: float = 0.0
     done: bool = False
+    read: int = field(default=0, compare=False)    # so many of its ids are in the cache, see rollout
 
 class Environment:
     """Where text and ids meet. A new tool needs its closing tag in complete(), its feedback in respond()."""
@@ -246,12 +247,16 @@ def rectangle(rows):
     width = max(map(len, rows))
     return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=DEVICE)
 
-def feed(model, cache, live, starts):
-    """One forward pass: reads live[r].ids from starts[r] on. Returns the next token's logits, (rows, V)."""
-    ids = rectangle([live[r].ids[start:] for r, start in starts.items()])               # (rows, width)
-    position = rectangle([list(range(start, len(live[r].ids))) for r, start in starts.items()])
-    used = max(len(live[r].ids) for r in starts)
-    mask = cache.begin_pass(list(starts), position, used)                   # (rows, 1, width, used)
+def feed(model, cache, live, rows):
+    """One pass: live[r], for r in rows, reads its new ids, or its last again. Returns logits, (rows, V)."""
+    ids, position = [], []
+    for r in rows:
+        start = min(live[r].read, len(live[r].ids) - 1)
+        live[r].read = len(live[r].ids)
+        ids.append(live[r].ids[start:])
+        position.append([*range(start, live[r].read)])
+    ids, position = rectangle(ids), rectangle(position)                                 # (rows, width)
+    mask = cache.begin_pass(rows, position, max(live[r].read for r in rows))  # (rows, 1, width, used)
     hidden = model.base_model(ids, mask, position, cache, use_cache=True)[0]            # (rows, width, D)
     return model.get_output_embeddings()(hidden[:, -1]).float()
 
@@ -268,16 +273,16 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     longest = prompt + (cfg.max_turns + 1) * cfg.max_new_tokens + cfg.max_turns * cfg.max_feedback_tokens
     rows = min(cfg.rollout_batch, len(episodes))
     cache = SlotCache(rows, min(longest, env.max_length))
-    queue, live, waiting = episodes, [], {}  # live[r]: in row r; waiting: {row: first token not in cache}
+    queue, live, waiting = episodes, [], []  # live[r]: the episode in row r; waiting: rows that wait
     while queue or live:
-        # 1. Free rows are taken, and read their prompts.
-        begun = len(live)
-        live, queue = live + queue[:rows - begun], queue[rows - begun:]
-        if begun < len(live):
-            feed(model, cache, live, dict.fromkeys(range(begun, len(live)), 0))
+        # 1. Free rows are taken. Prompts and feedback are read.
+        free = rows - len(live)
+        live, queue = live + queue[:free], queue[free:]
+        unread = [r for r, e in enumerate(live) if len(e.ids) - e.read > 1]
+        if unread:
+            feed(model, cache, live, unread)
         # 2. A token for every row that does not wait.
-        newest = {r: len(e.ids) - 1 for r, e in enumerate(live)}
-        logits = feed(model, cache, live, newest)                                       # (rows, V)
+        logits = feed(model, cache, live, [*range(len(live))])                          # (rows, V)
         tokens = logits.argmax(dim=1)
         if temperature > 0:
             tokens = (logits / temperature).softmax(dim=1).multinomial(1)[:, 0]
@@ -286,20 +291,16 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
                 e.ids.append(token)
                 e.action_id.append(e.turn)
                 if env.complete(e):
-                    waiting[r] = len(e.ids) - 1
-        if 8 * len(waiting) < len(live):
-            continue
-        # 3. Run the complete actions and read the feedback; the last row takes the place of a finished one.
-        env.respond([live[r] for r in waiting])
-        unread = {r: start for r, start in waiting.items() if not live[r].done}
-        if unread:
-            feed(model, cache, live, unread)
-        waiting = {}
-        for r in reversed(range(len(live))):
-            if live[r].done:
-                cache.copy(len(live) - 1, r, len(live[-1].ids))
-                live[r] = live[-1]
-                live.pop()
+                    waiting.append(r)
+        # 3. An eighth of the rows wait: run their actions. The last row takes the place of one that is done.
+        if 8 * len(waiting) >= len(live):
+            env.respond([live[r] for r in waiting])
+            waiting = []
+            for r in reversed(range(len(live))):
+                if live[r].done:
+                    cache.copy(len(live) - 1, r, live[-1].read)
+                    live[r] = live[-1]
+                    live.pop()
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()  # the weights will change
     return episodes
@@ -538,8 +539,8 @@ def first_action_match(episodes, group_size):
     for i in range(0, len(episodes), group_size):
         group = episodes[i:i + group_size]
         found = [e.searches[:1] for e in group if e.reward]
-        if found:
-            matches += [e.searches[:1] in found and any(e.searches[:1]) for e in group if not e.reward]
+        wrong = [e.searches[:1] for e in group if found and not e.reward]
+        matches += [first in found and any(first) for first in wrong]
     return mean(matches)
 
 def displaced(model, batch, micro_batches, temperature):
@@ -596,8 +597,7 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         asked = order[(step - 1) * cfg.questions_per_step:step * cfg.questions_per_step]
         episodes = rollout(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
         metrics, _ = train_step(learner, episodes, cfg)
-        metrics["seconds"] = time.perf_counter() - began
-        learner.history.append({"step": step, **metrics})
+        learner.history.append({"step": step, **metrics, "seconds": time.perf_counter() - began})
         if step % cfg.eval_steps == 0 or step == cfg.steps:
             show(env, episodes[0], with_prompt=step == cfg.eval_steps)
             learner.history[-1].update(evaluate(learner.model, env, held_out))
@@ -710,8 +710,8 @@ def check_model(model, tok):
     check(not kinds, f"--model: {', '.join(sorted(kinds))} is not supported")
     check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
-    feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9])], {0: 0})
-    in_pieces = feed(model, cache, [SimpleNamespace(ids=ids)], {0: len(ids) - 9})[0].log_softmax(dim=0)
+    feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9], read=0)], [0])
+    in_pieces = feed(model, cache, [SimpleNamespace(ids=ids, read=len(ids) - 9)], [0])[0].log_softmax(dim=0)
     at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].float().log_softmax(dim=0)
     gap = (in_pieces - at_once).abs().mean().item()
     limit = 0.1 if torch.is_autocast_enabled(DEVICE) else 1e-3
