@@ -8,13 +8,13 @@ GRPO samples a group of responses to each question, scores them, and makes the t
 those of worse ones less likely. Right responses close to a wrong one, down to the same search, are dragged
 along and lose likelihood: lazy likelihood displacement. The model grows unsure; the less likely a wrong
 response, the larger its gradient; the run collapses. LLDS adds lambda times what responses no worse than the
-group have lost since they were sampled, max(0, old_logp - logp); in a step's first update both come from the
-same weights, and that is 0. The paper: arXiv 2512.04220, versions v1 and v2. The file follows the data:
+group have lost since they were sampled, max(0, old_logp - logp). In a step's first update the weights are
+still those of old_logp, so LLDS is 0. The paper: arXiv 2512.04220, v1 and v2. The file follows the data:
 N responses, T tokens (right-padded), M action tokens, D hidden units, V words.
 """
 import copy, json, math, os, random, re, shutil, signal, sys, threading, time
 from collections import defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from itertools import chain, groupby
 from pathlib import Path
@@ -101,14 +101,16 @@ def parse_config(argv=None):
     saved = Path(first.resume or first.model, "flags.json")  # of the run that wrote this folder
     if first.resume or saved.exists():
         with supplied(saved):
-            defaults = vars(Config(**json.loads(saved.read_text(encoding="utf-8"))))
-        defaults["warm_steps"] *= bool(first.resume)  # a trained model needs none
+            defaults = vars(Config(**json.loads(saved.read_text())))
+        defaults["warm_steps"] *= bool(first.resume)  # 0 for --model FOLDER: it is trained; kept for --resume
     parser.set_defaults(**defaults)
     cfg = Config(**vars(parser.parse_args(argv)))
     if cfg.resume:
         changed = {name: x for name, x in vars(cfg).items() if x != defaults[name] and name != "resume"}
         check(not {"model", "output_dir", "eval", "ask"} & changed.keys(),
               "--resume goes on with a run as it was: no --model, --output_dir, --eval or --ask beside it")
+        pattern = "lambda_*/checkpoint-*" if len(cfg.llds_lambda) > 1 else "checkpoint-*"
+        check(any(Path(cfg.resume).glob(pattern)), f"--resume {cfg.resume}: there is no {pattern}")
         print("flags that differ from the run's own:", changed)
     for name, value in (vars(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
         least = LEAST.get(name, 0)
@@ -123,7 +125,7 @@ def parse_config(argv=None):
     check(cfg.ask is None or cfg.ask.strip() and cfg.model != "tiny", "--ask: question and trained --model")
     check(os.environ.get("WORLD_SIZE", "1") == "1", "several processes (torchrun) are not supported")
     check("{question}" in cfg.prompt, "--prompt must contain {question}")
-    if max(cfg.llds_lambda) > 0 and cfg.mini_batches * cfg.num_iterations == 1:
+    if any(cfg.llds_lambda) and cfg.mini_batches * cfg.num_iterations == 1:
         print("WARNING: with one update a step (--mini_batches, --num_iterations) LLDS is 0", file=sys.stderr)
     return cfg
 
@@ -140,7 +142,7 @@ class Episode:
     answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
     reward: float = 0.0
     done: bool = False
-    read: int = field(default=0, compare=False)    # so many of its ids are in the cache, see rollout
+    read: int = field(default=0, compare=False)    # ids[:read] are in the KV cache, see feed and rollout
 
 class Environment:
     """Where text and ids meet. A new tool needs its closing tag in complete(), its feedback in respond()."""
@@ -173,7 +175,7 @@ class Environment:
         """Is the current action complete: by an end of text, for want of room, or by a closing tag?"""
         action = e.ids[e.start:]
         full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        tail = self.decode(action[-len("</search>"):])  # 9 tokens hold a tag, even one spelled by letters
+        tail = self.decode(action[-9:])  # 9 tokens hold a tag, even one spelled by letters
         return full or e.ids[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
 
     def respond(self, episodes):
@@ -182,32 +184,34 @@ class Environment:
         for e in episodes:
             text = self.decode(e.ids[e.start:])
             answer, query = between("answer", text), between("search", text)
-            e.done = answer is not None or e.turn > self.cfg.max_turns
             if answer is not None:
+                e.done = True
                 e.reward = exact_match(answer, e.question["golden_answers"])
                 e.answer_start = len(e.ids) - 1
                 while "<answer>" not in self.decode(e.ids[e.answer_start:]):
                     e.answer_start -= 1  # back to the token with which the tag begins
-            elif not e.done and query is not None:
+            elif e.turn > self.cfg.max_turns:
+                e.done = True
+            elif query is not None:
                 searching.append(e)
                 queries.append(query)
-            elif not e.done:
+            else:
                 self.append(e, self.encode(CORRECTION)[:self.cfg.max_feedback_tokens])
         found = self.retriever.search(queries, self.cfg.top_k)  # all in one request
         head, tail = self.encode(OPEN), self.encode(CLOSE)
         room = max(0, self.cfg.max_feedback_tokens - len(head) - len(tail))
         for e, passages in zip(searching, found):
-            # A search that erred, see ErringRetriever, counts as what it would have found.
-            e.searches.append([passage.get("instead_of", passage["contents"]) for passage in passages])
             text = self.encode(clean(information(passages), self.special))
             self.append(e, head + text[:room] + tail)
+            if not e.done:  # A search that erred, see ErringRetriever, counts as what it would have found.
+                e.searches.append([passage.get("instead_of", passage["contents"]) for passage in passages])
 
     def append(self, e, feedback):
         """Adds feedback and opens the next turn; ends the episode instead if its context is full."""
         e.done = len(e.ids) + len(feedback) >= self.max_length
         if not e.done:
-            e.ids = e.ids + feedback
-            e.action_id = e.action_id + [0] * len(feedback)
+            e.ids += feedback
+            e.action_id += [0] * len(feedback)
             e.start, e.turn = len(e.ids), e.turn + 1
 
 # ------------------------------------------------------------------------------------------------ rollout
@@ -222,10 +226,10 @@ class SlotCache(Cache):
         self.rows, self.cells, self.buffers = rows, cells, {}
 
     def begin_pass(self, rows, position, used):
-        """The next pass feeds rows, a list, at position, (rows, width), all below used. Returns its mask."""
-        self.target, self.used = (torch.tensor(rows, device=DEVICE)[:, None], position), used
+        """Before a pass that feeds rows, a list, at position (rows, width), below used. Returns its mask."""
+        self.target, self.used = (torch.tensor(rows, device=DEVICE)[:, None], position), used  # [row, cell]
         self.source = slice(len(rows)) if rows == [*range(len(rows))] else rows  # a slice needs no copy
-        return torch.arange(used, device=DEVICE) <= position[:, None, :, None]
+        return torch.arange(used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
 
     def update(self, keys, values, layer, *args, **kwargs):
         """What a layer calls: stores the new keys and values, returns all that these rows may look at."""
@@ -234,37 +238,38 @@ class SlotCache(Cache):
             _, heads, _, size = keys.shape
             self.buffers[layer] = values.new_zeros(2, self.rows, heads, self.cells, size)
         for buffer, x in zip(self.buffers[layer], new):
-            buffer.transpose(1, 2)[self.target] = x.transpose(1, 2)
+            buffer.transpose(1, 2)[self.target] = x.transpose(1, 2)  # a view: (rows, cells, heads, size)
         return self.buffers[layer][:, self.source, :, :self.used]
 
-    def copy(self, source, target, cells):
-        """The first cells of one row, to another."""
+    def copy(self, source, target):
+        """One row, to another."""
         for buffer in self.buffers.values():
-            buffer[:, target, :, :cells] = buffer[:, source, :, :cells]
+            buffer[:, target] = buffer[:, source]
 
 def rectangle(rows):
     """Lists of integers -> (rows, longest). A shorter list repeats its last number: a token fed again."""
     width = max(map(len, rows))
     return torch.tensor([row + row[-1:] * (width - len(row)) for row in rows], device=DEVICE)
 
-def feed(model, cache, live, rows):
-    """One pass: live[r], for r in rows, reads its new ids, or its last again. Returns logits, (rows, V)."""
+def feed(model, cache, live):
+    """One pass: the episodes of {row: episode} read their new ids, or their last again. Returns the next
+    token's logits, (rows, V)."""
     ids, position = [], []
-    for r in rows:
-        start = min(live[r].read, len(live[r].ids) - 1)
-        live[r].read = len(live[r].ids)
-        ids.append(live[r].ids[start:])
-        position.append([*range(start, live[r].read)])
+    for e in live.values():
+        start = min(e.read, len(e.ids) - 1)  # its first unread id; all are read: its last
+        e.read = len(e.ids)  # true once this pass is over
+        ids.append(e.ids[start:])
+        position.append([*range(start, e.read)])
     ids, position = rectangle(ids), rectangle(position)                                 # (rows, width)
-    mask = cache.begin_pass(rows, position, max(live[r].read for r in rows))  # (rows, 1, width, used)
+    mask = cache.begin_pass([*live], position, max(e.read for e in live.values()))  # (rows, 1, width, used)
     hidden = model.base_model(ids, mask, position, cache, use_cache=True)[0]            # (rows, width, D)
     return model.get_output_embeddings()(hidden[:, -1]).float()
 
 @torch.no_grad()
 def rollout(model, env, questions, group_size=1, temperature=1.0):
     """Plays group_size Episodes of each question; returns them, a group's side by side. A round feeds every
-    row its newest token and samples the next. A row whose action is complete waits, that token fed again
-    for nothing, until an eighth of the rows wait: then all are answered at once and read in one pass."""
+    row its newest token and samples the next. A row whose action is complete waits: its last token is fed
+    again, the sample dropped. Once an eighth of the rows wait, they all get feedback, read in one pass."""
     model.eval()  # in train mode checkpointed layers would drop the cache
     torch.set_autocast_cache_enabled(True)  # weights that learn are cast once, not once a token
     cfg = env.cfg
@@ -278,11 +283,11 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
         # 1. Free rows are taken. Prompts and feedback are read.
         free = rows - len(live)
         live, queue = live + queue[:free], queue[free:]
-        unread = [r for r, e in enumerate(live) if len(e.ids) - e.read > 1]
+        unread = {r: e for r, e in enumerate(live) if len(e.ids) - e.read > 1}
         if unread:
-            feed(model, cache, live, unread)
+            feed(model, cache, unread)
         # 2. A token for every row that does not wait.
-        logits = feed(model, cache, live, [*range(len(live))])                          # (rows, V)
+        logits = feed(model, cache, dict(enumerate(live)))                              # (rows, V)
         tokens = logits.argmax(dim=1)
         if temperature > 0:
             tokens = (logits / temperature).softmax(dim=1).multinomial(1)[:, 0]
@@ -295,12 +300,12 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
         # 3. An eighth of the rows wait: run their actions. The last row takes the place of one that is done.
         if 8 * len(waiting) >= len(live):
             env.respond([live[r] for r in waiting])
-            waiting = []
-            for r in reversed(range(len(live))):
+            for r in sorted(waiting, reverse=True):  # from the end: no row after r is done any more
                 if live[r].done:
-                    cache.copy(len(live) - 1, r, live[-1].read)
+                    cache.copy(len(live) - 1, r)
                     live[r] = live[-1]
                     live.pop()
+            waiting = []
     torch.set_autocast_cache_enabled(False)
     torch.clear_autocast_cache()  # the weights will change
     return episodes
@@ -312,9 +317,9 @@ def group_advantages(rewards, group_size):
     groups = rewards.float().view(-1, group_size)                               # (N / group_size, group_size)
     centred = groups - groups.mean(dim=1, keepdim=True)
     std = groups.std(dim=1, keepdim=True)
-    # Equal rewards give exactly 0: a mean rounded upwards would make A negative, and LLDS ignore the group.
-    unequal = groups.amax(dim=1, keepdim=True) > groups.amin(dim=1, keepdim=True)
-    return torch.where(unequal, centred / (std + 1e-6), 0.0).view(-1)
+    # Equal rewards give exactly 0: a rounded mean could make A slightly negative, and LLDS skip the group.
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    return torch.where(low < high, centred / (std + 1e-6), 0.0).view(-1)
 
 def action_ids(mask):
     """Numbers the actions in a 0/1 mask, for other trainers; (N, T): [0, 1, 1, 0, 1] -> [0, 1, 1, 0, 2]."""
@@ -329,12 +334,12 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     if advantages.shape != logp.shape[:1]:
         raise ValueError(f"advantages must have shape (N,), not {tuple(advantages.shape)}")
     mask, advantages = mask.bool(), advantages[:, None]
-    change = (logp - old_logp.detach()).masked_fill(~mask, 0)  # masked before exp: what is there may be inf
-    ratio = change.clamp(max=20).exp()  # as verl does: exp(89) is inf
+    # Masked before exp: what is there may be inf. Clamped, as in verl: exp(89) is inf.
+    ratio = (logp - old_logp.detach()).masked_fill(~mask, 0).clamp(max=20).exp()        # (N, T)
     free = ratio * advantages
     clipped = ratio.clamp(1 - clip, 1 + clip) * advantages  # min: beyond clip, no gradient further that way
     loss = -(torch.min(free, clipped) * mask).sum() / max(1, mask.sum() if denom is None else denom)
-    return loss, {"clipped": ((clipped < free) & mask).sum()}
+    return loss, {"clipped": (clipped < free).sum()}
 
 def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the initial model, token mean, by the estimate k3 = exp(r) - r - 1, r = ref_logp - logp."""
@@ -362,7 +367,10 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         gate sees them in full (LLDS-MA, with masked answer: 0 in v1, any weight in v2 eq. 5).
     denom replaces the number of good responses' action tokens, so that micro-batches add up.
     Returns (loss, info: counts). ValueError: unusable gate, answer_weight or advantages."""
-    if gate not in ("token", "response", "action"):
+    units = {"token": torch.arange(logp.shape[1], device=logp.device).expand_as(action_id),
+             "response": torch.zeros_like(action_id),
+             "action": action_id}  # to which unit of its row a token belongs, (N, T) each
+    if gate not in units:
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1 or (answer_weight != 1 and answer_mask is None):
         raise ValueError(f"answer_weight {answer_weight}: must be in [0, 1], and needs answer_mask unless 1")
@@ -370,15 +378,10 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
         raise ValueError(f"advantages must have shape (N,), not {tuple(advantages.shape)}")
     preserved = (action_id > 0) & (advantages >= 0)[:, None]                            # (N, T)
     lost = (old_logp.detach() - logp).masked_fill(~preserved, 0)                        # (N, T)
-    if gate == "token":
-        unit = torch.arange(logp.shape[1], device=logp.device).expand_as(action_id)     # numbered in a row
-    elif gate == "response":
-        unit = torch.zeros_like(action_id)
-    else:
-        unit = action_id
-    zeros = torch.zeros(logp.shape[0], unit.max() + 1, device=logp.device)              # (N, units of a row)
-    fallen = zeros.scatter_add(1, unit, lost.detach().float()) > 0  # the gate, a constant: it has no gradient
-    exists = zeros.scatter_add(1, unit, preserved.float()) > 0
+    unit = units[gate]
+    zeros = torch.zeros(len(logp), unit.max() + 1, device=logp.device)                  # (N, units of a row)
+    fallen = zeros.scatter_add(1, unit, lost.detach().float()) > 0  # the gate: a unit's sum; no gradient
+    exists = zeros.scatter_add(1, unit, preserved.float()) > 0  # for the metrics: units with a good token
     penalty = torch.relu(lost) * fallen.gather(1, unit)  # relu: at 0 its gradient is 0, clamp's may be 1
     if answer_mask is not None:
         penalty = penalty * torch.where(answer_mask.bool(), answer_weight, 1.0)
@@ -388,14 +391,16 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
 
 # ------------------------------------------------------------------------------- ... copy to here. Update
 def collate(episodes, group_size):
-    """Episodes as tensors, right-padded: ids, action_id, answer_mask (N, T), rewards, advantages (N,)."""
+    """Episodes as tensors: ids, action_id, answer_mask (N, T), right-padded; rewards, advantages, and the
+    number of action_tokens, (N,)."""
     ids = pad_sequence([torch.tensor(e.ids) for e in episodes], batch_first=True).to(DEVICE)
     action_id = pad_sequence([torch.tensor(e.action_id) for e in episodes], batch_first=True).to(DEVICE)
     answers = [torch.arange(len(e.ids)) >= (e.answer_start or len(e.ids)) for e in episodes]
     answer_mask = pad_sequence(answers, batch_first=True).to(DEVICE)
     rewards = torch.tensor([e.reward for e in episodes], device=DEVICE)
     return SimpleNamespace(ids=ids, action_id=action_id, answer_mask=answer_mask, rewards=rewards,
-                           advantages=group_advantages(rewards, group_size))
+                           advantages=group_advantages(rewards, group_size),
+                           action_tokens=(action_id > 0).sum(dim=1))
 
 def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     """Log-probability of each action token under the tempered distribution that sampled it, and its entropy:
@@ -404,7 +409,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     model.train(torch.is_grad_enabled())  # gradient checkpointing, if on, acts in train mode; dropout is off
     # The one shift: the hidden state of column t predicts the token of column t + 1.
     row, column = (action_id[:, 1:] > 0).nonzero(as_tuple=True)                         # (M,) each
-    needed = max(column.tolist(), default=0) + 1  # what follows the last action predicts nothing
+    needed = max(column.tolist(), default=0) + 1  # columns up to the last that predicts an action token
     hidden = model.base_model(input_ids=ids[:, :needed], use_cache=False)[0]  # right padding: no mask
     hidden, target = hidden[row, column], ids[row, column + 1]                          # (M, D), (M,)
     def head(hidden, target):
@@ -412,44 +417,41 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
         logp = (logits / temperature).log_softmax(dim=-1)
         entropy = -(logp.exp() * logp).detach().sum(dim=-1)
         return torch.stack([logp.gather(1, target[:, None])[:, 0], entropy])            # (2, chunk)
-    parts = []
-    for some_hidden, some_target in zip(hidden.split(chunk), target.split(chunk)):
-        parts.append(checkpoint(head, some_hidden, some_target, use_reentrant=False))
-    logp, entropy = torch.cat(parts, dim=1)                                             # (M,) each
-    zeros, place = torch.zeros(ids.shape, device=ids.device), (row, column + 1)
-    return zeros.index_put(place, logp), zeros.index_put(place, entropy)
+    chunks = zip(hidden.split(chunk), target.split(chunk))
+    parts = [checkpoint(head, *some, use_reentrant=False) for some in chunks]           # (2, chunk) each
+    both = torch.zeros(2, *ids.shape, device=ids.device)                                # (2, N, T)
+    both[:, row, column + 1] = torch.cat(parts, dim=1)                                  # (2, M)
+    return both
 
 @torch.no_grad()
 def all_logps(model, batch, micro_batches, temperature):
-    """token_logps of the updates' own micro-batches: else rounding alone would open the gates of LLDS."""
-    logp, entropy = torch.zeros(2, *batch.ids.shape, device=DEVICE)
+    """token_logps in the updates' own micro-batches: in others it rounds otherwise, and gates would open."""
+    both = torch.zeros(2, *batch.ids.shape, device=DEVICE)                              # (2, N, T)
     for rows in micro_batches:
-        logp[rows], entropy[rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
-    return logp, entropy
+        both[:, rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
+    return both
 
 def split(episodes, group_size, mini_batches, max_tokens):
-    """Shuffled groups -> mini-batches -> micro-batches, tensors of row numbers, of max_tokens at most."""
-    lengths, plan = torch.tensor([len(e.ids) for e in episodes]), []
+    """Yields mini-batches of shuffled groups: tuples of micro-batches, row numbers, max_tokens at most."""
+    lengths = torch.tensor([len(e.ids) for e in episodes])
     for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
         rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
         rows = rows[lengths[rows].argsort()]  # rows of similar length need little padding
-        plan.append(rows.split(max(1, max_tokens // int(lengths[rows[-1]]))))
-    return plan
+        yield rows.split(max(1, max_tokens // int(lengths[rows[-1]])))  # rows[-1]: the longest
 
 class OffloadedAdamW(torch.optim.AdamW):
     """AdamW and its moments in the CPU's memory: weights and gradients come there for each step."""
     def __init__(self, weights, *args, **kwargs):
-        self.weights = list(weights)
-        super().__init__([torch.empty_like(x, device="cpu") for x in self.weights], *args, **kwargs)
+        self.pairs = [(weight, torch.empty_like(weight, device="cpu")) for weight in weights]
+        super().__init__([copied for _, copied in self.pairs], *args, **kwargs)
 
     @torch.no_grad()
     def step(self):
-        pairs = list(zip(self.weights, self.param_groups[0]["params"]))
-        for weight, copied in pairs:
+        for weight, copied in self.pairs:
             copied.copy_(weight)
             copied.grad = None if weight.grad is None else weight.grad.to("cpu")
         super().step()
-        for weight, copied in pairs:
+        for weight, copied in self.pairs:
             weight.copy_(copied)
 
 def adamw(model, learning_rate, cfg, betas=(0.9, 0.999)):
@@ -468,10 +470,9 @@ def optimizer_step(learner):
 def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
     members = torch.cat(mini_batch)
-    is_action = batch.action_id[members] > 0
-    preserved = is_action & (batch.advantages[members] >= 0)[:, None]
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
-    action_tokens, preserved_tokens = is_action.sum(), preserved.sum()
+    action_tokens = batch.action_tokens[members].sum()
+    preserved_tokens = batch.action_tokens[members][batch.advantages[members] >= 0].sum()
     total = defaultdict(float)
     for rows in mini_batch:
         action_id, advantages, old_logp = batch.action_id[rows], batch.advantages[rows], batch.old_logp[rows]
@@ -480,7 +481,7 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
         llds, counts = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
                                     batch.answer_mask[rows], answer_weight, preserved_tokens)
         loss = policy + learner.llds_lambda * llds  # the whole method
-        if cfg.beta > 0:
+        if cfg.beta:
             info["kl"] = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
             loss = loss + cfg.beta * info["kl"]
         loss.backward()
@@ -493,17 +494,17 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
 def train_step(learner, episodes, cfg):
     """A step after its rollouts: advantages, old log-probabilities, updates. Returns (metrics, batch)."""
     model, batch = learner.model, collate(episodes, cfg.group_size)
-    mini_batches = split(episodes, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)
+    mini_batches = [*split(episodes, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)]
     micro_batches = list(chain(*mini_batches))
     batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
-    if cfg.beta > 0:  # no second model for the reference: ours takes the initial weights for a moment
+    if cfg.beta:  # no second model for the reference: ours takes the initial weights for a moment
         now = copy.deepcopy(model.state_dict())  # there is room for it as long as there are no gradients
         model.load_state_dict(learner.start)
         batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
         model.load_state_dict(now)
         del now
     metrics = rollout_metrics(episodes, batch, cfg)
-    adaptive = min(metrics["searches"] / 2, 1.0)  # v2: in full from two searches a rollout on
+    adaptive = min(metrics["searches"] / 2, 1.0)  # v2: grows with the step's mean searches, 1 from two on
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
     updates = []
     for mini_batch in mini_batches * cfg.num_iterations:
@@ -511,7 +512,11 @@ def train_step(learner, episodes, cfg):
     for name in updates[0]:
         metrics[name] = mean([info[name] for info in updates])
     metrics["skipped_updates"] = sum(not math.isfinite(info["grad_norm"]) for info in updates)
-    metrics["displaced"] = displaced(model, batch, micro_batches, cfg.temperature)
+    # Share of right responses that the updates made less likely, by 0.001 nats: less may be rounding.
+    right = batch.rewards.cpu() == 1                                                    # (N,)
+    rows_of_right = [rows[right[rows]] for rows in micro_batches if right[rows].any()]
+    new_logp, _ = all_logps(model, batch, rows_of_right, cfg.temperature)
+    metrics["displaced"] = mean((new_logp - batch.old_logp)[right].sum(dim=1) < -1e-3)
     return metrics, batch
 
 def mean(values):
@@ -524,7 +529,7 @@ def rollout_metrics(episodes, batch, cfg):
     searches = torch.tensor([[len(e.searches)] for e in episodes], device=DEVICE)       # (N, 1)
     metrics = {"reward": mean(batch.rewards), "searches": mean(searches),
                "first_action_match": first_action_match(episodes, cfg.group_size),
-               "entropy": mean(batch.entropy[is_action]), "action_tokens": mean(is_action.sum(dim=1)),
+               "entropy": mean(batch.entropy[is_action]), "action_tokens": mean(batch.action_tokens),
                "zero_std_groups": mean((batch.advantages == 0).view(-1, cfg.group_size).all(dim=1))}
     parts = {"logp_correct": right, "logp_wrong": ~right}
     parts |= {f"logp_action{k}": right & (batch.action_id == k) for k in (1, 2)}
@@ -540,16 +545,8 @@ def first_action_match(episodes, group_size):
         group = episodes[i:i + group_size]
         found = [e.searches[:1] for e in group if e.reward]
         wrong = [e.searches[:1] for e in group if found and not e.reward]
-        matches += [first in found and any(first) for first in wrong]
+        matches += [first in found and any(first) for first in wrong]  # any: it searched and found some
     return mean(matches)
-
-def displaced(model, batch, micro_batches, temperature):
-    """Share of right responses that the updates made less likely, by 0.001 nats: less may be rounding."""
-    right = batch.rewards.cpu() == 1                                                    # (N,)
-    rows_of_right = [rows[right[rows]] for rows in micro_batches if right[rows].any()]
-    new_logp, _ = all_logps(model, batch, rows_of_right, temperature)
-    change = (new_logp - batch.old_logp)[right].sum(dim=1)
-    return mean(change < -1e-3)
 
 def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches a question: of all, by set, and the mean of the sets."""
@@ -570,13 +567,13 @@ def evaluate(model, env, questions):
 STOP = threading.Event()  # set by Ctrl-C or SIGTERM: the run ends after the step at hand
 
 def stop_after_this_step(number, _):
-    print("\nstopping after this step; once more ends it at once", file=sys.stderr, flush=True)
+    print("\nstopping after this step; once more ends it at once", file=sys.stderr)
     STOP.set()
     signal.signal(number, signal.SIG_DFL)
 
 def start_run(model, start, llds_lambda, cfg):
     """A learner: what training changes and a checkpoint keeps. start: initial weights, or None for these."""
-    if start is not None:
+    if start:
         model.load_state_dict(start)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     optimizer = adamw(model, cfg.learning_rate, cfg)
@@ -598,13 +595,14 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         episodes = rollout(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
         metrics, _ = train_step(learner, episodes, cfg)
         learner.history.append({"step": step, **metrics, "seconds": time.perf_counter() - began})
-        if step % cfg.eval_steps == 0 or step == cfg.steps:
+        last = step == cfg.steps
+        if last or step % cfg.eval_steps == 0:
             show(env, episodes[0], with_prompt=step == cfg.eval_steps)
             learner.history[-1].update(evaluate(learner.model, env, held_out))
         log_step(out, learner.history)
-        if step % cfg.save_steps == 0 or step == cfg.steps or STOP.is_set():
+        if last or step % cfg.save_steps == 0 or STOP.is_set():
             save_checkpoint(out, learner)
-        check(not STOP.is_set() or step == cfg.steps, f"stopped after step {step}; see --resume")
+        check(last or not STOP.is_set(), f"stopped after step {step}; see --resume")
     learner.model.save_pretrained(out)
     env.tok.save_pretrained(out)
 
@@ -630,7 +628,7 @@ def save_checkpoint(out, learner):
 
 def load_checkpoint(out, learner):
     """Takes up the last checkpoint in out, if there is one."""
-    complete = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.partition("-")[2]))
+    complete = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
     for folder in complete[-1:]:
         with supplied(folder):
             states = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
@@ -639,22 +637,21 @@ def load_checkpoint(out, learner):
                 vars(learner)[name].load_state_dict(states[name])
             learner.history = states["history"]
 
-CURVES = ("eval_em", "reward", "logp_correct", "displaced", "entropy", "grad_norm")
+CURVES = "eval_em reward logp_correct displaced entropy grad_norm".split()
 STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
 def show(env, e, with_prompt=False):
     """An episode by its loss mask: trained is bright, the answer green or red, the rest dim or in [[ ]]."""
-    kinds = ["trained" if k else "masked" for k in e.action_id]
+    colours = [1 if k else 2 for k in e.action_id]  # the terminal's codes: 1 bright, 2 dim, 31 red, 32 green
     if e.answer_start is not None:
-        kinds[e.answer_start:] = ["right" if e.reward else "wrong"] * (len(e.ids) - e.answer_start)
-    colours = dict(masked=2, trained=1, right=32, wrong=31)  # the terminal's codes: dim, bright, green, red
+        colours[e.answer_start:] = [32 if e.reward else 31] * (len(e.ids) - e.answer_start)
     print("\n" + e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     shown = range(0 if with_prompt else e.action_id.index(1), len(e.ids))
-    for kind, positions in groupby(shown, key=kinds.__getitem__):
+    for colour, positions in groupby(shown, key=colours.__getitem__):
         text = env.decode([e.ids[t] for t in positions])
         if sys.stdout.isatty():
-            text = f"\033[{colours[kind]}m{text}\033[0m"
-        elif kind == "masked":
+            text = f"\033[{colour}m{text}\033[0m"
+        elif colour == 2:
             text = f"[[{text}]]"
         print(text, end="")
     print("\n")
@@ -710,9 +707,11 @@ def check_model(model, tok):
     check(not kinds, f"--model: {', '.join(sorted(kinds))} is not supported")
     check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
-    feed(model.eval(), cache, [SimpleNamespace(ids=ids[:-9], read=0)], [0])
-    in_pieces = feed(model, cache, [SimpleNamespace(ids=ids, read=len(ids) - 9)], [0])[0].log_softmax(dim=0)
-    at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[0, -1].float().log_softmax(dim=0)
+    e = SimpleNamespace(ids=ids[:-9], read=0)
+    feed(model.eval(), cache, {0: e})
+    e.ids = ids
+    in_pieces = feed(model, cache, {0: e}).log_softmax(dim=1)                           # (1, V)
+    at_once = model(input_ids=torch.tensor([ids], device=DEVICE)).logits[:, -1].float().log_softmax(dim=1)
     gap = (in_pieces - at_once).abs().mean().item()
     limit = 0.1 if torch.is_autocast_enabled(DEVICE) else 1e-3
     check(gap < limit, f"--model: log-probabilities in a rollout are off by {gap:.2g}, over {limit}")
@@ -725,10 +724,9 @@ def warm_start(model, env, passages, questions, cfg):
     learner = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
     for episodes in tqdm(lessons(env, passages, questions, cfg.warm_steps), "warm start", cfg.warm_steps):
         batch = collate(episodes, len(episodes))
-        action_tokens = (batch.action_id > 0).sum()
-        for rows in split(episodes, 1, 1, cfg.micro_batch_tokens)[0]:
+        for rows in next(split(episodes, 1, 1, cfg.micro_batch_tokens)):
             logp, _ = token_logps(model, batch.ids[rows], batch.action_id[rows])
-            (-logp.sum() / action_tokens).backward()
+            (-logp.sum() / batch.action_tokens.sum()).backward()
         optimizer_step(learner)
 
 def fitting(env, questions):
@@ -751,9 +749,9 @@ def main(argv=None):
     torch.set_autocast_cache_enabled(False)  # a kept cast is stale after an update; only rollout() keeps any
     corpus = cfg.corpus or str(Path(__file__).with_name("tiny_corpus.jsonl"))
     passages = load_corpus(corpus)
-    questions = load_questions(cfg.train_data or corpus, "train") if cfg.ask is None and not cfg.eval else []
+    questions = [] if cfg.ask or cfg.eval else load_questions(cfg.train_data or corpus, "train")
     asked = [{"question": cfg.ask, "golden_answers": []}]
-    held_out = load_questions(cfg.eval_data or corpus, "test") if cfg.ask is None else asked
+    held_out = asked if cfg.ask else load_questions(cfg.eval_data or corpus, "test")
     everything = questions + held_out  # for the warm start, whose worlds have the names swapped
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
@@ -763,29 +761,29 @@ def main(argv=None):
     questions, held_out = fitting(env, questions), fitting(env, held_out)
     noisy_env = copy.copy(env)
     noisy_env.retriever = ErringRetriever(retriever, passages, cfg.retrieval_noise)
-    if cfg.ask is not None:
+    if cfg.ask:
         show(env, *rollout(model, env, held_out, temperature=0.0))
         return
-    stamp = f"{time.strftime('%y%m%d-%H%M%S')}-{os.getpid()}"
+    several = len(cfg.llds_lambda) > 1
+    stamp = time.strftime(f"%y%m%d-%H%M%S-{os.getpid()}")
     out = Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}")
-    check(not cfg.resume or any(out.rglob("checkpoint-*")), f"--resume {out}: there is no checkpoint")
     with supplied(f"--output_dir {out}"):
         out.mkdir(parents=True, exist_ok=bool(cfg.resume))  # a new folder is claimed before all computing
-    flags = asdict(cfg) | {"output_dir": "", "resume": ""}
+    flags = vars(cfg) | {"output_dir": "", "resume": ""}
     (out / "flags.json").write_text(json.dumps(flags, indent=1))
     warm_start(model, env, passages, everything, cfg)  # with --resume too: the start of further lambdas
     if not cfg.resume:
         scores = evaluate(model, env, held_out)
         print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
     if cfg.eval:
-        (out / "eval.json").write_text(json.dumps(scores | {"flags": asdict(cfg)}, indent=1) + "\n")
+        (out / "eval.json").write_text(json.dumps(scores | {"flags": vars(cfg)}, indent=1) + "\n")
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
-    start = copy.deepcopy(model).cpu().state_dict() if cfg.beta > 0 or len(cfg.llds_lambda) > 1 else None
+    start = copy.deepcopy(model).cpu().state_dict() if several or cfg.beta else None
     runs = {}
     for llds_lambda in cfg.llds_lambda:
-        folder = out / f"lambda_{llds_lambda:g}" if len(cfg.llds_lambda) > 1 else out
+        folder = out / f"lambda_{llds_lambda:g}" if several else out
         folder.mkdir(exist_ok=True)
         (folder / "flags.json").write_text(json.dumps(flags | {"llds_lambda": [llds_lambda]}, indent=1))
         print(f"\nlambda {llds_lambda:g}: {folder}")

@@ -94,7 +94,7 @@ def checked(row, where, title):
         check(isinstance(question, str) and question.strip(), f"{where}: 'question' must be a text")
         check("".join(answers).strip(), f"{where}: 'golden_answers' holds no answer")
         title = row.get("data_source") or title or (f"{row['hops']}hop" if "hops" in row else row.get("set"))
-        return row | {"question": question, "golden_answers": answers, "set": title}
+        return row | {"question": question, "golden_answers": answers, "set": title and str(title)}
 
 def normalize_answer(text):
     """As Search-R1: lower case, no punctuation, no articles, single spaces."""
@@ -300,7 +300,7 @@ def demonstrate(env, engine, question, questions, facts):
         again = errs and random.random() < 0.4 and e.turn <= env.cfg.max_turns
         thought = "" if again else found[0][0]["contents"].partition("\n")[2] + " "
         if errs and not again:
-            name = random.choice([w for w in re.findall(r"\w+", thought) if w in set().union(*facts)])
+            name = random.choice([w for w in re.findall(r"\w+", thought) if w in set().union(*facts)] or path)
             break
         if not errs:
             thought = facts[frozenset(path[hop:hop + 2])] + " "
