@@ -506,9 +506,8 @@ def train_step(learner, episodes, cfg):
     metrics = rollout_metrics(episodes, batch, cfg)
     adaptive = min(metrics["searches"] / 2, 1.0)  # v2: grows with the step's mean searches, 1 from two on
     metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    updates = []
-    for mini_batch in mini_batches * cfg.num_iterations:
-        updates.append(update(learner, batch, mini_batch, metrics["answer_weight"], cfg))
+    updates = [update(learner, batch, mini_batch, metrics["answer_weight"], cfg)
+               for mini_batch in mini_batches * cfg.num_iterations]
     for name in updates[0]:
         metrics[name] = mean([info[name] for info in updates])
     metrics["skipped_updates"] = sum(not math.isfinite(info["grad_norm"]) for info in updates)
@@ -663,20 +662,20 @@ def sparkline(values):
 
 def report(runs, plot):
     """Prints each run's curves, and draws them into the file `plot`, if any. runs: {name: history}."""
-    for run, history in runs.items():
-        print(f"\n{run}")
-        for name in CURVES:
-            values = [row[name] for row in history if row.get(name) is not None]
-            if values:
-                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
     if plot:
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), layout="constrained")
-        for axis, name in zip(axes.flat, CURVES):
-            axis.set_title(name)
-            for run, history in runs.items():
-                rows = [row for row in history if row.get(name) is not None]
-                axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=run)
+    for run, history in runs.items():
+        print(f"\n{run}")
+        for i, name in enumerate(CURVES):
+            rows = [row for row in history if row.get(name) is not None]
+            values = [row[name] for row in rows]
+            if values:
+                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
+            if plot:
+                axes.flat[i].set_title(name)
+                axes.flat[i].plot([row["step"] for row in rows], values, label=run)
+    if plot:
         axes.flat[0].legend()
         figure.savefig(plot)
 
@@ -701,10 +700,11 @@ def load_model(cfg, passages, questions):
 @torch.no_grad()
 def check_model(model, tok):
     """Refuses a model that, fed in pieces and without its own head's extras, as here, gives other logits."""
-    kinds = {*(getattr(model.config, "layer_types", None) or [])} - {"full_attention"}
-    kinds |= {"sliding_window"} if getattr(model.config, "sliding_window", None) else set()
-    kinds |= {"dropout" for part in model.modules() if isinstance(part, torch.nn.Dropout) and part.p > 0}
-    check(not kinds, f"--model: {', '.join(sorted(kinds))} is not supported")
+    check(not getattr(model.config, "sliding_window", None), "--model: a sliding_window is not supported")
+    for kind in getattr(model.config, "layer_types", None) or []:
+        check(kind == "full_attention", f"--model: {kind} is not supported")
+    for part in model.modules():
+        check(not isinstance(part, torch.nn.Dropout) or part.p == 0, "--model: dropout is not supported")
     check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids, cache = tok.encode(PROMPT, add_special_tokens=False), SlotCache(1, 999)
     e = SimpleNamespace(ids=ids[:-9], read=0)
