@@ -3,18 +3,15 @@
 
 The oracle of the losses is slow loops over tokens. That of the rollout is play(): one episode, one token at a
 time, the whole context read anew. `python test_llds.py bench` measures instead of testing."""
-import copy, doctest, gzip, http.client, io, json, math, os, random, re, shutil, signal, socket, subprocess
-import sys, threading, time, urllib.error, warnings
+import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
+import signal, subprocess, sys, tempfile, threading, time, urllib.error, warnings
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
-from importlib import import_module
 from importlib.util import find_spec
 from itertools import accumulate, chain
 from pathlib import Path
 from statistics import fmean, median
-from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
 if __name__ != "__main__":
@@ -24,9 +21,7 @@ import pytest
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn.functional import pad
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
-from transformers.utils import logging as transformers_logging
 
 import llds
 import retriever
@@ -37,9 +32,8 @@ torch.set_num_threads(1)
 GATES = ("token", "response", "action")
 LOSSES = ("policy", "kl", *GATES)
 COUNTS = ("preserved_tokens", "penalized_tokens", "units", "open_units")
-HERE = Path(llds.__file__).parent
-README = (HERE / "README.md").read_text(encoding="utf-8")
-CORPUS = HERE / "tiny_corpus.jsonl"
+README = Path(llds.__file__).with_name("README.md").read_text(encoding="utf-8")
+CORPUS = Path(llds.__file__).with_name("tiny_corpus.jsonl")
 PASSAGES = load_corpus(CORPUS)
 QUESTIONS = [question for passage in PASSAGES for question in passage["questions"]]
 
@@ -69,7 +63,6 @@ def batch(ids, logp, other, adv, answer):
 
 def story():
     """Four rollouts, exact in binary. 9 stands on prompt, feedback and padding: it must never count.
-
     row  A     lost, by action    sums        response   answer tokens
     0    +1    (1, -.5)(.5, -2)   .5, -1.5    -1         (.5, -2)
     1     0    (1, 0)(.5, -1)     1, -.5      .5         (.5, -1); no feedback before this action
@@ -102,7 +95,9 @@ def test_the_story_by_hand(gate, weight):
     near(grad, want)
     assert torch.equal(grad == 0, want == 0)
     assert [info[name] for name in COUNTS] == [10, len(full) + len(as_answer) * (weight > 0), units, opened]
-    near(solve(gate, b, answer_weight=weight, denom=40)[0], values[weight] / 4)  # in place of the 10
+    for part in (dict(other=b.other + .5), dict(other=b.logp), dict(adv=b.adv.abs()), dict(adv=b.adv - 1e-6)):
+        theirs = solve(gate, SimpleNamespace(**vars(b) | part), answer_weight=weight)[1]
+        assert (theirs - grad).abs().max() > 1e-3, part                    # others' mistakes show
 
 def test_policy_loss_and_kl_by_hand():
     """A = +1: min(1.5, 1.2) = 1.2 clipped, min(.5, .8) = .5. A = -2: min(-1, -1.6) = -1.6 clipped, -2.2.
@@ -113,7 +108,6 @@ def test_policy_loss_and_kl_by_hand():
     near(loss, .525)
     near(grad, [[0, 0, -.125, 0], [0, 0, .55, 0]])
     assert info == {"clipped": 2}
-    near(solve("policy", b, clip=.6)[0], .3)           # none is clipped any more: -(1.5 + .5 - 1 - 2.2) / 4
     b.logp[:] = 100.                                   # exp(100) is inf, and its gradient would be nan
     assert all(x.isfinite().all() for x in solve("policy", b)[:2])
     # KL, r = ln 2 and -ln 2: (2 - ln 2 - 1 + .5 + ln 2 - 1) / 2 = .25; gradient (1 - e^r) / 2
@@ -124,8 +118,8 @@ def test_policy_loss_and_kl_by_hand():
 def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
     b, square = story(), torch.ones(4, 7)              # advantages (N, T) would become (N, N, T)
     near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
-    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square}, {"advantages": b.adv[:1]},
-                  {"answer_mask": None, "answer_weight": .5}):
+    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square},
+                  {"advantages": b.adv[:1]}, {"answer_mask": None, "answer_weight": .5}):
         options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong
         with pytest.raises(ValueError, match=next(iter(wrong))):
             llds.llds_penalty(b.logp, b.other, **options)
@@ -194,9 +188,6 @@ def test_random_cases_agree_with_the_slow_loops(name, seed):
             assert info == want_info
     for key, value in vars(b).items():
         near(value, getattr(before, key), 0, 0)
-    b.logp = b.other.clone()                           # the first update: nothing has been lost
-    loss, grad, info = solve(name, b)
-    assert name == "policy" or loss == 0 and not grad.any() and not info.get("open_units")
 
 @pytest.mark.parametrize("name, empty", [(x, "mask") for x in LOSSES] + [(x, "set") for x in GATES])
 def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty):
@@ -209,21 +200,10 @@ def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty):
         loss, grad, info = solve(name, b, denom=denom)
         assert loss == 0 and not grad.any() and not any(info.values())
 
-@pytest.mark.parametrize("gate", GATES)
-def test_what_others_hand_in_by_mistake_shows_in_the_story(gate):
-    """Another old policy; none yet; no filter; A > 0; no answer mask; actions as runs of the mask."""
-    b = story()
-    wrong = [dict(other=b.other + .5), dict(other=b.logp), dict(adv=b.adv.abs()), dict(adv=b.adv - 1e-6),
-             dict(answer=b.mask), dict(ids=llds.action_ids(b.mask))]
-    for part in wrong[:6 if gate == "action" else 5]:
-        ours, theirs = [solve(gate, x, answer_weight=.3)[1] for x in (b, SimpleNamespace(**vars(b) | part))]
-        assert (theirs - ours).abs().max() > 1e-3, part
-
 def test_group_advantages_by_hand():
     """(0, 0, 1, 3): mean 1, sample std sqrt((1 + 1 + 0 + 4) / 3); (5, 5, 5, 9): mean 6, sample std 2."""
-    root = math.sqrt(2)
     near(llds.group_advantages(torch.tensor([0., 0., 1., 3., 5., 5., 5., 9.]), 4),
-         [-1 / root, -1 / root, 0, 2 / root, -.5, -.5, -.5, 1.5])
+         [-1 / 2 ** .5, -1 / 2 ** .5, 0, 2 / 2 ** .5, -.5, -.5, -.5, 1.5])
     # 1e-6 joins the std: +-5e-7 / (7.0711e-7 + 1e-6) = +-.29289
     near(llds.group_advantages(torch.tensor([0., 1e-6]), 2), [-.29289, .29289], atol=1e-4)
     for reward in (0., 1., .1, .3, .7, -.1, 1e-7, 1234.567):   # no spread: 0, although a mean is rounded
@@ -343,7 +323,7 @@ def test_prompts():
         e = world(tok).reset({"question": "?", "prompt": messages})
         assert tok.decode(e.ids) == text and e.ids.count(tok.eos_token_id) == text.count(END)
         assert e.start == len(e.ids) == len(e.action_id) and not any(e.action_id)
-    env, short, long = world(max_length=10), {"question": "x" * 9, "hops": 2}, {"question": "x" * 10, "hops": 2}
+    env, (short, long) = world(max_length=10), [{"question": "x" * n, "hops": 2} for n in (9, 10)]
     assert llds.fitting(env, [short, long]) == [short] and llds.fitting(env, []) == []
     for hops, questions in ((0, [long]), (1, [short])):
         env.cfg.hops = hops
@@ -386,21 +366,21 @@ def test_an_action_ends_with_its_tag_however_it_is_split():
     parts = ["</search>", "</answer>", "<answer>", "<search>", "</", "/", "sear", "ch", "answer", "search",
              ">", ">\n\n", "></", "/search>", "</answer", "<", " Paris", "é", "日", ">\n"]
     for _ in range(400):
-        before = tok.encode(rng.choice(["Q", "<answer> </answer", "</search", "</", "<answer>", "</answer>"]))
+        prompt = rng.choice(["Q", "<answer> </answer", "</search", "</", "<answer>", "</answer>"])
         pieces = [rng.choice([[part], [*part], [part[:2], part[2:]]]) for part in rng.choices(parts, k=40)]
         action = encode(tok, list(chain(*pieces)))
         action.insert(rng.randrange(120), tok.eos_token_id)
-        e, complete = llds.Episode({"golden_answers": []}, before[:], [0] * len(before), len(before)), False
+        e, complete = env.reset({"question": prompt, "golden_answers": []}), False
         while not complete:
-            e.ids.append(action[len(e.ids) - len(before)])
-            names = tok.convert_ids_to_tokens(e.ids[len(before):])
+            e.ids.append(action[len(e.ids) - e.start])
+            names = tok.convert_ids_to_tokens(e.ids[e.start:])
             tag, complete = re.search("</(search|answer)>", "".join(names)), env.complete(e)
             assert complete == bool(tag or names[-1] == END or len(names) == 40), names
         env.respond([e])
         opens = "".join(names)[:tag.start()].rfind("<answer>") if tag and tag[1] == "answer" else -1
         ends[tag and tag[0], opens >= 0] += 1
         first = sum(end <= opens for end in accumulate(map(len, names)))   # the token of its <
-        assert e.answer_start == (len(before) + first if opens >= 0 else None)
+        assert e.answer_start == (e.start + first if opens >= 0 else None)
     assert len(ends) == 4 and min(ends.values()) > 9, ends
 
 # -------------------------------------------------------------------------------------------- the rollout
@@ -410,7 +390,7 @@ def agent(seed, max_length=math.inf, **flags):
     """The built-in model, untrained, in float64, fond of tags; questions of ragged length; a search engine
     that finds something for every query, so that also an untrained agent gets to read."""
     torch.manual_seed(seed)
-    tok, model = built_in()
+    tok, model = built_in(**flags)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))    # untied, with a bias
     for weight in model.parameters():
         if weight.dim() > 1:
@@ -427,8 +407,7 @@ def agent(seed, max_length=math.inf, **flags):
 
 @torch.no_grad()
 def test_rollout_equals_one_row_at_a_time():
-    """Greedily, what the plain model does: with a row for each episode and with fewer; for episodes as long
-    as can be; in a context that is full early."""
+    """Greedily, what the plain model does: with rows for all or fewer, the longest episodes, a full context."""
     seen, longest, short = Counter(), dict(max_new_tokens=1, max_feedback_tokens=20), dict(max_length=18)
     for seed, (group, rows, flags) in enumerate([
             (1, 99, {}), (3, 7, {}), (1, 1, dict(max_new_tokens=4)), (1, 3, dict(max_new_tokens=17)),
@@ -442,7 +421,7 @@ def test_rollout_equals_one_row_at_a_time():
         played = [play(env, question, likeliest) for question in questions]
         assert llds.rollout(model, env, questions, group, 0.0) == [e for e in played for _ in range(group)]
         for e in played:
-            assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn
+            assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn > len(e.searches)
             seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
                         answers=e.answer_start is not None, full=len(e.ids) == env.max_length,
                         no_room=e.answer_start is None and e.turn <= env.cfg.max_turns)
@@ -453,8 +432,8 @@ def test_prompt_and_feedback_are_read_once(group, rows):
     """Prompt and feedback by the row that they are for; all else is one token wide."""
     (model, env, questions), read = agent(21, rollout_batch=rows), []
     model.base_model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
-    feedbacks = sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
-    assert sum(n for n, width in read if width > 1) == len(questions) * group + feedbacks > len(questions) * group
+    prompts, feedbacks = 7 * group, sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
+    assert sum(n for n, width in read if width > 1) == prompts + feedbacks > prompts
 
 def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
     """With one row in the cache every call of the sampler is a token of an action, in order."""
@@ -483,7 +462,7 @@ def test_token_logps_equal_those_of_full_logits(temperature, chunk):
         return [logp, entropy, *torch.autograd.grad((logp * weight).sum(), [*model.parameters()])]
     full = (model(b.ids).logits[:, :-1] / temperature).log_softmax(-1)     # column t predicts t + 1
     full = full.gather(2, b.ids[:, 1:, None])[..., 0], -(full.exp() * full).sum(-1).detach()
-    want = solved(*(pad(x, (1, 0)) * (b.action_id > 0) for x in full))
+    want = solved(*(torch.nn.functional.pad(x, (1, 0)) * (b.action_id > 0) for x in full))
     got = solved(*llds.token_logps(model, b.ids, b.action_id, temperature, chunk))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not any(x[b.action_id == 0].any() for x in got[:2]) and all(x.any() for x in got)
@@ -507,10 +486,9 @@ def stepped(micro_batch_tokens=800, rate=0.3, **flags):
 @pytest.mark.parametrize("gate", GATES)
 def test_llds_acts_from_the_second_update_on(gate):
     """At the first, new = old to the last bit: rounding alone would open the gates at full strength."""
-    for flags in (dict(mini_batches=1, num_iterations=1), dict(rate=0.0)):  # a first update; none moves
-        metrics = stepped(llds_gate=gate, **flags).metrics
-        assert metrics["llds"] == metrics["llds_gate_frac"] == metrics["clip_frac"] == 0.0
-    run = stepped(mini_batches=1, num_iterations=1)
+    for flags in (dict(rate=0.0), dict(mini_batches=1, num_iterations=1)):  # none moves; a first update
+        run = stepped(llds_gate=gate, **flags)
+        assert run.metrics["llds"] == run.metrics["llds_gate_frac"] == run.metrics["clip_frac"] == 0.0
     near(run.metrics["kl"], llds.kl_penalty(run.batch.old_logp, run.batch.ref_logp, run.batch.action_id > 0))
     metrics = stepped(llds_gate=gate, mini_batches=1).metrics             # a second one, on the same rollouts
     assert metrics["llds"] > 0 and metrics["clip_frac"] > 0 and metrics["kl"] > 0
@@ -532,21 +510,17 @@ def test_micro_batches_do_not_change_the_update(monkeypatch):
     assert torch.equal(frozen.weights[0], agent(30)[0].float().get_input_embeddings().weight)
 
 def test_offload_moves_the_optimizer_and_changes_nothing_else():
-    """Two steps, frozen embeddings and all; the moments and weights that AdamW holds are copies."""
+    """Two updates, frozen embeddings and all; the moments and weights that AdamW holds are copies."""
     def trained(**flags):
-        model, env, questions = agent(32)
-        episodes = llds.rollout(model.float(), env, questions, 4)
-        for i, e in enumerate(episodes):
-            e.reward = float(i % 3 == 0)
-        cfg = llds.Config(group_size=4, mini_batches=2, learning_rate=1e-3, freeze_embeddings=True, **flags)
+        cfg = llds.Config(learning_rate=1e-3, warmup_ratio=0.0, freeze_embeddings=True, **flags)
+        model = agent(32)[0].float()
         learner = llds.start_run(model, None, 1.0, cfg)
         for scale in (1.01, 1.0):
-            torch.manual_seed(0)
-            llds.train_step(learner, episodes, cfg)
-            model.load_state_dict({name: x * scale for name, x in model.state_dict().items()})   # as a resume does
-        held = learner.optimizer.param_groups[0]["params"]
-        ours = {weight.data_ptr() for weight in model.parameters()}
-        return [weight.detach() for weight in model.parameters()], ours & {x.data_ptr() for x in held}
+            model(torch.arange(9)[None]).logits.logsumexp(dim=-1).sum().backward()
+            llds.optimizer_step(learner)
+            model.load_state_dict({name: x * scale for name, x in model.state_dict().items()})  # as a resume
+        held, ours = learner.optimizer.param_groups[0]["params"], [*model.parameters()]
+        return [x.detach() for x in ours], {x.data_ptr() for x in ours} & {x.data_ptr() for x in held}
     (want, shared), (got, copied) = trained(), trained(cpu_offload=True)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     start = [weight.float() * 1.01 for weight in agent(32)[0].parameters()]
@@ -582,23 +556,19 @@ def test_mini_batches_hold_whole_groups_and_micro_batches_fit():
     assert sorted(sum(chain(*plan), [])) == [*range(10)]
     assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= 18 for rows in chain(*plan))
 
-def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_update(tmp_path):
+def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_update(tmp_path, monkeypatch):
     """Evaluation asks the intact one. A search counts as what it would have found."""
-    cfg = llds.Config(questions_per_step=4, mini_batches=2, warmup_ratio=1.0)
+    cfg = llds.Config(questions_per_step=4, mini_batches=2, warmup_ratio=1.0, steps=2)  # warm-up: 4 updates
     model, env, questions = agent(35)
     noisy, rollouts, rollout = copy.copy(env), [], llds.rollout
     noisy.retriever = ErringRetriever(env.retriever, PASSAGES[100:], 1.0)
-    cfg.steps = 2                                                          # four updates to warm up
-    learner = llds.start_run(model, None, 0.1, cfg)
-    cfg.steps = 1                                                          # two of them
-
     def watched(model, env, *rest, **flags):
         rollouts.append((env, rollout(model, env, *rest, **flags)))
         return rollouts[-1][1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(llds, "rollout", watched)
-        llds.train(learner, noisy, env, questions, questions, tmp_path, cfg)
+    monkeypatch.setattr(llds, "rollout", watched)
+    learner = llds.start_run(model, None, 0.1, cfg)
+    cfg.steps = 1                                                          # two of them
+    llds.train(learner, noisy, env, questions, questions, tmp_path, cfg)
     near(learner.scheduler.get_last_lr(), [cfg.learning_rate / 2])
     (first, episodes), (second, _) = rollouts
     assert first is noisy and second is env
@@ -625,10 +595,10 @@ def test_first_action_match_by_hand():
     right ones did not search, one found a; the wrong ones a; nothing: 1 of 2. Three: none is right."""
     one, three = (("ac", 1), ("ab", 0), ("ba", 0), ("", 0), ("", 0)), (("a", 0),) * 5
     two = (("", 1), ("a", 0), ("a", 1), ("", 0), ("", 1))
-    for groups, want in ((one, 1 / 4), (two, 1 / 2), (one + two + three, 2 / 6), (three, math.nan)):
-        episodes = [SimpleNamespace(searches=[[name] for name in found], reward=r) for found, r in groups]
+    four = (([""], 1), *[([""], 0)] * 4)                                   # all searched and found nothing
+    for groups, want in ((one, 1 / 4), (two, .5), (one + two + three, 1 / 3), (three, math.nan), (four, 0)):
+        episodes = [SimpleNamespace(searches=[[*name] for name in found], reward=r) for found, r in groups]
         near(llds.first_action_match(episodes, 5), want)
-    near(llds.first_action_match([SimpleNamespace(searches=[[]], reward=r) for r in (1, 0)], 2), 0)  # found nothing
 
 def test_evaluation_tells_sets_apart(monkeypatch):
     """Greedily: exact match and searches of all, by set, and the mean of the sets, of whatever size."""
@@ -656,10 +626,7 @@ def test_bfloat16_products_with_float32_weights(monkeypatch):
     assert {(p.dtype, p.grad.dtype) for p in model.parameters()} == {(torch.float32, torch.float32)}
 
 def test_gradient_checkpointing_computes_again_and_changes_nothing():
-    (plain, env, questions), calls = agent(38), []
-    ours = built_in(gradient_checkpointing=True)[1]
-    ours.lm_head = copy.deepcopy(plain.lm_head)
-    ours.double().load_state_dict(plain.state_dict())
+    (plain, env, questions), (ours, *_), calls = agent(38), agent(38, gradient_checkpointing=True), []
     ours.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     episodes = llds.rollout(plain, env, questions, temperature=0.0)
     assert llds.rollout(ours, env, questions, temperature=0.0) == episodes and not any(calls)
@@ -719,10 +686,8 @@ def test_the_readme_trainer_for_trl(updates, tmp_path):
     (tok, model), seen, trainer = built_in(), [], snippet("GRPOTrainer")["LLDSTrainer"]
     loss = trainer._compute_loss
     trainer._compute_loss = lambda *args: (loss(*args), seen.append(args[0].llds.item()))[0]
-    args = GRPOConfig(
-        output_dir=tmp_path, max_steps=4, num_iterations=updates, num_generations=4, learning_rate=1e-2,
-        per_device_train_batch_size=8, max_completion_length=9, report_to="none", use_cpu=True, bf16=False,
-        save_strategy="no", disable_tqdm=True, warmup_steps=0)
+    args = GRPOConfig(tmp_path, max_steps=4, num_iterations=updates, num_generations=4, learning_rate=1e-2,
+                      max_completion_length=9, report_to="none", use_cpu=True, bf16=False, save_strategy="no")
     data = Dataset.from_list([{"prompt": q["question"]} for q in QUESTIONS[:8]])
     trainer(model, lambda completions, **_: [float(i % 2) for i in range(len(completions))], args, data,
             processing_class=tok).train()
@@ -733,50 +698,45 @@ def test_the_memory_table_is_what_its_formula_says(capsys):
     rows = re.findall(r"^(\| [\d.]+B.* \| [\d.]+ \| [\d.]+ \|) \d+ GB", README, re.M)
     assert capsys.readouterr().out.splitlines() == rows != []
 
-# --------------------------------------------------------------------- retriever.py: texts, questions, servers
+# ------------------------------------------------------------------------------ retriever.py: from outside
 @contextmanager
 def ends(capsys, why):
-    """The program ends there with status 2 and one line that says why."""
+    """The program ends there with status 2 and one line that says why; argparse puts a name before it."""
     with pytest.raises(SystemExit) as stop:
         yield
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and said.startswith("error: ") and why in said, said
-
-def texts(*contents):
-    return [{"contents": content} for content in contents]
+    assert stop.value.code == 2 and re.match("([^:]*: )?error: ", said) and why in said, said
 
 def write(path, *rows):
     """Rows, or lines as they are, one a line."""
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-# ------------------------------------------------------------------------------------------ text from outside
 @pytest.mark.parametrize("text, want", [
     ("<b> é日😀", "<b> é日😀"), ("a\ud83d", "a\ufffd"), ("</search>x<answer>", "< /search>x< answer>"),
     ("</infor</information>mation>", "</infor< /information>mation>")])
 def test_clean_by_hand(text, want):
-    assert clean(text, TAG) == want and information(texts("T\n" + text)) == "Doc 1(Title: T) " + want
+    assert clean(text, TAG) == want
+    assert information([{"contents": "T\n" + text}]) == "Doc 1(Title: T) " + want
 
 @pytest.mark.parametrize("prediction, golden, want", [
-    ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0), ("Theatre", ["theatre"], 1),
+    ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0),
     ("", ["A"], 0), ("", [""], 0), (" ", ["the"], 0), ("?", ["!"], 0), ("A ", ["A"], 1), ("the", ["A"], 0),
-    ("+", ["-", "+"], 1), ("p", "Paris", 0), ("paris", "Paris", 1)])
+    ("+", ["-", "+"], 1), ("p", "Paris", 0), ("paris", "Paris", 1), ("Theatre", ["theatre"], 1)])
 def test_exact_match(prediction, golden, want):
     assert exact_match(prediction, golden) == want
 
-# ----------------------------------------------------------------------------------------------------- search
 @pytest.mark.parametrize("text, want", [
     ("It is .fr, x_1 ½", "it is fr x_1 ½"), ("in北京 是2008年", "in 北 京 是 2008 年"), ("東京タワー。", "東 京 タ ワ ー"),
-    ("น้ำ", "น ้ ำ"), ("서울은 수도", "서울은 수도"), ("?! …", ""),
-    ("हिन्दी में।", "हिन्दी में")])
+    ("น้ำ", "น ้ ำ"), ("서울은 수도", "서울은 수도"), ("?! …", ""), ("हिन्दी में।", "हिन्दी में")])
 def test_terms(text, want):
     assert words(text) == want.split()
 
 def test_bm25_by_hand():
     """Lengths 1, 2, 2, 3, mean 2: 1.2 * (.25 + .75 * length / 2) = .75, 1.2, 1.2, 1.65; k1 + 1 = 2.2.
     idf: red stands in 3 of 4 passages, ln(1 + 1.5 / 3.5) = ln(10/7); fox in 2, ln(1 + 2.5 / 2.5) = ln 2."""
-    engine = BM25(texts("Red!", "red fox", "blue fox", "red, red hen"))
+    engine = BM25([{"contents": text} for text in ("Red!", "red fox", "blue fox", "red, red hen")])
     red, fox = math.log(10 / 7), math.log(2)
     short, twice = red * 2.2 / (1 + .75), red * 2 * 2.2 / (2 + 1.65)
     stories = {"fox": [(1, fox), (2, fox)],                                # a tie: in corpus order
@@ -801,35 +761,29 @@ def test_an_erring_engine():
     assert 70 < len(wrong) < 130 and len({hit["id"] for hits, _ in wrong for hit in hits}) > 100
     for hits, wanted in wrong:
         assert [hit["instead_of"] for hit in hits] == [hit["contents"] for hit in wanted]
+    env = world(built_in()[0], PASSAGES, retrieval_noise=1.0)              # it finds no name of these questions
+    assert all(e.done for batch in retriever.lessons(env, PASSAGES, QUESTIONS[:3], 9) for e in batch)
 
-# ------------------------------------------------------------------------------------------ corpus, questions
+def asked(**fields):
+    return {"question": "a?", "golden_answers": ["A"], **fields}
+
 GOOD = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
+BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff"}', b"", b"null",
+             b"[" * 99999, b"version https://git-lfs")
 
-def test_a_corpus_plain_and_compressed(tmp_path):
-    for name, content in (("c.jsonl", GOOD), ("c.jsonl.gz", gzip.compress(GOOD))):
-        (tmp_path / name).write_bytes(content)
-        assert load_corpus(tmp_path / name) == [{"contents": '"É"\ntext'}, {"contents": "é", "id": 0}]
-
-@pytest.mark.parametrize("bad", [b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b"", b'{"contents": "\xff"}', b"null",
-                                 b"[" * 99999, b"version https://git-lfs"])
-def test_a_bad_line_is_named(tmp_path, bad, capsys):
-    (tmp_path / "c.jsonl").write_bytes(GOOD + bad + b"\n" + GOOD)
-    with ends(capsys, "c.jsonl, line 3: "):
-        load_corpus(tmp_path / "c.jsonl")
-
-@pytest.mark.parametrize("name, content", [
-    ("c.jsonl", b""), ("c.gz", b"version https://git-lfs.github.com/spec/v1\n"), ("c.gz", gzip.compress(GOOD)[:-9]),
-    ("", None), ("none", None)])
-def test_a_corpus_that_cannot_be_read(tmp_path, name, content, capsys):
+@pytest.mark.parametrize("name, content, why", [
+    *[("c.jsonl", GOOD + bad + b"\n" + GOOD, ", line 3: ") for bad in BAD_LINES], ("c.jsonl", b"", ""),
+    ("c.gz", BAD_LINES[-1], ""), ("c.gz", gzip.compress(GOOD)[:-9], ""), ("", None, ""), ("none", None, "")])
+def test_a_corpus_that_cannot_be_read(tmp_path, name, content, why, capsys):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with ends(capsys, str(tmp_path / name)):
+    with ends(capsys, str(tmp_path / name) + why):
         load_corpus(tmp_path / name)
 
 @pytest.mark.parametrize("name", ["q.jsonl", "my, repo/q.jsonl", "C:\\q.jsonl", "q.jsonl.gz"])
 def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"{i}?", "golden_answers": [str(i)], "set": None} for i in range(3)]
+    rows = [{"question": f"É {i}?", "golden_answers": [str(i)], "set": None} for i in range(3)]
     write(name, *rows)
     if name.endswith(".gz"):
         Path(name).write_bytes(gzip.compress(Path(name).read_bytes()))
@@ -838,19 +792,16 @@ def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
 @pytest.mark.parametrize("answers, want", [
     ('["1947-08-15"]', ["1947-08-15"]), ('"Paris"', ["Paris"]), ("[7, 3.5]", ["7", "3.5"]), ("1945", ["1945"])])
 def test_answers_become_lists_of_strings(tmp_path, answers, want):
-    write(tmp_path / "q.jsonl", '{"question": "a", "golden_answers": %s}' % answers)
-    assert load_questions(f"{tmp_path}/q.jsonl", "train") == [{"question": "a", "golden_answers": want, "set": None}]
-
-def asked(**fields):
-    return {"question": "a?", "golden_answers": ["A"], **fields}
+    write(tmp_path / "q.jsonl", '{"question": "a?", "golden_answers": %s, "data_source": 5}' % answers)
+    assert load_questions(f"{tmp_path}/q.jsonl", "train") == [asked(golden_answers=want, set="5", data_source=5)]
 
 @pytest.mark.parametrize("bad", [
-    {}, [1], "{", asked(prompt=[{"role": "user", "content": None}]), asked(prompt=[{"content": "x"}]), asked(prompt=[]),
-    asked(prompt="x"), asked(question=" "), asked(question=None), asked(question=3), asked(golden_answers=[]),
-    asked(golden_answers=[""]), asked(golden_answers=None), asked(golden_answers=[None]), asked(golden_answers=[["A"]]),
-    asked(prompt=[{"role": "user", "content": " "}]), 5, None,
-    {"question": "a?", "reward_model": {"style": "rule"}}, {"contents": "", "questions": [asked(split="test", question="")]}],
-    ids=str)
+    "{", {}, [1], 5, None, *[asked(question=x) for x in (" ", None, 3)],
+    *[asked(golden_answers=x) for x in ([], [""], None, [None], [["A"]])],
+    *[asked(prompt=x) for x in ("x", [], [{"content": "x"}])],
+    *[asked(prompt=[{"role": "user", "content": x}]) for x in (None, " ")],
+    {"question": "a?", "reward_model": {"style": "rule"}},
+    {"contents": "", "questions": [asked(split="test", question="")]}], ids=str)
 def test_a_bad_question_is_named(tmp_path, bad, capsys):
     write(tmp_path / "q.jsonl", asked(split="test"), asked(split="test"), bad)
     with ends(capsys, "q.jsonl, line 3: " if bad == "{" else "q.jsonl, row 3: "):
@@ -869,10 +820,9 @@ def test_a_set_without_questions(tmp_path, monkeypatch, sources, why, capsys):
 
 def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = []
-    for i, name in enumerate(("nq", "nq", "popqa")):
-        rows.append({"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": name,
-                     "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}})
+    rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": name,
+             "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}}
+            for i, name in enumerate(("nq", "nq", "popqa"))]
     Dataset.from_list(rows).to_parquet("theirs.parquet")
     found = load_questions("theirs.parquet", "test")
     assert [(q["question"], q["golden_answers"], q["set"]) for q in found] == [
@@ -900,21 +850,16 @@ def test_what_the_corpus_promises():
     assert all(any(fact <= passage for passage in passages) for fact in facts["train"] | facts["test"])
     assert not facts["train"] & facts["test"] and len({q["question"] for q in QUESTIONS}) == len(QUESTIONS)
 
-# ---------------------------------------------------------------------------------------------------- servers
 @pytest.fixture(scope="module")
 def server():
-    server = serve(BM25(PASSAGES), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serve(BM25(PASSAGES), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
-def post(server, body, path="/retrieve", **headers):
+def post(server, body, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
-    connection.putrequest("POST", path)
-    for name, value in headers.items():
-        connection.putheader(name.replace("_", "-"), value)
-    connection.endheaders(body if isinstance(body, bytes) else body.encode())
+    connection.request("POST", "/retrieve", body, headers)
     reply = connection.getresponse()
     return reply.status, reply.read().decode()
 
@@ -922,31 +867,28 @@ def test_http_and_in_process_search_find_the_same(server):
     there, here = HTTPRetriever(f"http://127.0.0.1:{server.server_port}/retrieve", timeout=20), BM25(PASSAGES)
     queries = [question["question"] for question in QUESTIONS[::83]] + ["Zürich é日", "?!"]
     found, wanted = there.search(queries, 3), here.search(queries, 3)
-    for hits in wanted:
-        for hit in hits:
-            del hit["questions"], hit["score"]                             # questions would tell the answers
-    assert found == wanted and there.search([], 3) == []
-    documents = [{"id": hit["id"], "contents": hit["contents"]} for hit in found[0]]
-    body = json.dumps({"queries": queries[:1]})
-    status, reply = post(server, body, Content_Length=len(body))
-    assert status == 200 and json.loads(reply) == {"result": [documents]}  # three, bare
+    for hit in chain(*wanted):
+        del hit["questions"], hit["score"]                                 # questions would tell the answers
+    assert found == wanted
+    status, reply = post(server, json.dumps({"queries": queries[:1]}))
+    assert status == 200 and json.loads(reply) == {"result": found[:1]}  # three, bare
     assert server.server_address[0] == "127.0.0.1"
 
-@pytest.mark.parametrize("body", ['{"queries": "capital"}', "{", "[]", '{"queries": [1]}', '{"topk": 3}', "\xff",
-                                  '{"queries": ["a"], "topk": "3"}'])
+@pytest.mark.parametrize("body", [
+    '{"queries": "capital"}', '{"queries": [1]}', '{"queries": ["a"], "topk": "3"}', '{"topk": 3}', "{", "[]",
+    "\xff"])
 def test_a_bad_request_gets_a_sentence(server, body):
-    for headers in ({"Content_Length": len(body)}, {}, {"Content_Length": "x"}):
-        status, reply = post(server, body.encode("latin-1"), **headers)
+    for headers in ({}, {"Transfer-Encoding": "x"}, {"Content-Length": "x"}):  # a length, none, no number
+        status, reply = post(server, body, **headers)
         assert status == 400 and "Search-R1's protocol" in reply
 
 def test_200_connections_at_once(server):
-    body = json.dumps({"queries": ["capital"]})
-    with ThreadPoolExecutor(200) as pool:
-        replies = list(pool.map(lambda _: post(server, body, Content_Length=len(body))[0], range(200)))
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:
+        replies = list(pool.map(lambda _: post(server, '{"queries": ["capital"]}')[0], range(200)))
     assert replies == [200] * 200
 
 class Replies:
-    """In place of urlopen: says a list of replies, or what a function makes of the queries. Sleeps nowhere."""
+    """In place of urlopen: says a list of replies, or what a function makes of the queries. Never sleeps."""
     def __init__(self, monkeypatch, reply):
         self.reply, self.asked, self.waits = reply, [], []
         monkeypatch.setattr(retriever.urllib.request, "urlopen", self.urlopen)
@@ -963,9 +905,10 @@ DOWN, REFUSED = urllib.error.URLError("down"), urllib.error.HTTPError("http://x"
 
 def test_failures_are_retried_and_a_dead_server_is_named(monkeypatch):
     """Down, cut off, not JSON, no list, a list too short, no contents; then an answer without a score."""
-    seen = Replies(monkeypatch, [DOWN, http.client.IncompleteRead(b"{"), b"<html>", 3, [], [[{"document": {}}]],
-                                 [[{"document": {"contents": "a"}}, {"contents": "b", "id": 1}]]])
-    assert HTTPRetriever("http://x:1/r", tries=7).search(["q"], 3) == [[{"contents": "a"}, {"contents": "b", "id": 1}]]
+    a, b = {"contents": "a"}, {"contents": "b", "id": 1}
+    seen = Replies(monkeypatch, [DOWN, http.client.IncompleteRead(b"{"), b"<html>", 3, [],
+                                 [[{"document": {}}]], [[{"document": a}, b]]])
+    assert HTTPRetriever("http://x:1/r", tries=7).search(["q"], 3) == [[a, b]]
     assert seen.waits == [0, 1, 2, 4, 8, 16, 32] and not seen.reply
     assert HTTPRetriever("http://x:1/r").search([], 3) == []              # asks nobody
     seen = Replies(monkeypatch, [REFUSED, DOWN])
@@ -986,20 +929,18 @@ def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
     with pytest.raises(OSError, match="503"):                              # gone for a while is gone
         HTTPRetriever("http://x:1/r").search(["a"], 3)
 
-@pytest.mark.parametrize("arguments, why", [(["--corpus", "none.jsonl"], "none.jsonl"), (["--port", "{port}"], "{port}")])
-def test_the_command_says_what_is_wrong(tmp_path, arguments, why):
-    """From another working directory, where the default corpus is found all the same."""
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        command = [sys.executable, retriever.__file__] + [word.replace("{port}", port) for word in arguments]
+def test_the_command_says_what_is_wrong(server, tmp_path):
+    """A port that is taken. From another working directory: the default corpus is found all the same."""
+    for flag, value in (("--corpus", "none.jsonl"), ("--port", str(server.server_port))):
+        command = [sys.executable, retriever.__file__, flag, value]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode == 2 and why.replace("{port}", port) in done.stderr and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and value in done.stderr and done.stderr.count("\n") == 1
 
 # --------------------------------------------------------------------------------------- the command line
 RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 --questions_per_step 4
-    --mini_batches 2 --max_turns 1 --max_new_tokens 20 --max_feedback_tokens 40 --beta 0.01 --retrieval_noise 0.2
-    --answer_weight adaptive --warmup_ratio 0.5 --llds_lambda 0.5 0 --corpus small.jsonl --train_data q.jsonl
-    --eval_data q.jsonl --output_dir out""".split()
+    --mini_batches 2 --max_turns 1 --max_new_tokens 20 --max_feedback_tokens 40 --beta 0.01 --warmup_ratio 0.5
+    --retrieval_noise 0.2 --answer_weight adaptive --llds_lambda 0.5 0 --output_dir out
+    --corpus small.jsonl --train_data q.jsonl --eval_data q.jsonl""".split()
 GONE = "the server is gone"
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
     "in a step": (llds, "update", 11, signal.SIGKILL, -9, 1),              # of lambda 0, step 3
@@ -1015,8 +956,8 @@ def whole(tmp_path_factory):
     here, parent, calls, status = tmp_path_factory.mktemp("whole"), os.getpid(), Counter(), {}
     right = sorted({name for q in QUESTIONS[:30] for name in q["path"]})[::2]
     rows = [q | {"golden_answers": right, "set": f"{q['hops']}hop"} for q in QUESTIONS[:30]]
-    (here / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (here / "small.jsonl").write_text("".join(json.dumps(p) + "\n" for p in PASSAGES[:10]))
+    write(here / "q.jsonl", *rows)
+    write(here / "small.jsonl", *PASSAGES[:10])
     def deadly(what, real, *args, **flags):
         calls[what] += 1
         for name, (_, function, number, end, _, _) in DEATHS.items():
@@ -1062,10 +1003,8 @@ def test_three_steps_from_the_command_line(whole, capsys, monkeypatch):
     assert all(first[0][name] == second[0][name] for name in ("reward", "logp_wrong", "entropy", "searches"))
     assert 0 < first[0]["reward"] < 1 and first[2]["entropy"] != second[2]["entropy"]
     monkeypatch.chdir(whole)
-    lines = Path("q.jsonl").read_text().splitlines(keepends=True)
-    Path("a.jsonl").write_text("".join(lines[:5]))
-    Path("b.jsonl").write_text("".join(lines[5:]))
-    trained = ["--model", "out/lambda_0", "--eval_data", "a.jsonl,b.jsonl"]
+    shutil.copy("q.jsonl", "b.jsonl")
+    trained = ["--model", "out/lambda_0", "--eval_data", "q.jsonl,b.jsonl"]
     llds.main([*trained, "--ask", "What is the capital of France?"])
     said = capsys.readouterr().out
     assert "What is the capital of France?" in said and "[[" in said and "\033" not in said
@@ -1084,7 +1023,7 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     llds.main(["--resume", "out", "--rollout_batch", "99"])
     said = capsys.readouterr().out
-    assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in said and "held-out questions" not in said
+    assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in said and "held-out" not in said
     assert outcome(Path.cwd()) == outcome(whole)
     assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
 
@@ -1095,6 +1034,7 @@ BAD = {  # flags: what the sentence names
     "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retrieval_noise 40": "--retrieval_noise",
     "--early_answers 7": "--early_answers", "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask",
     "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--resume run --eval": "--eval",
+    "--resume run --llds_lambda 0 1": "no lambda_",
     "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--corpus no.jsonl": "no.jsonl",
     "--eval_data no.jsonl": "no.jsonl", "--model odd": "odd", "--model bare": "bare",
     "--model window": "sliding_window", "--output_dir odd": "odd", "--output_dir file/x": "file",
@@ -1105,39 +1045,33 @@ BAD = {  # flags: what the sentence names
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
-    for file, text in (("odd/config.json", "{}"), ("bare/config.json", '{"model_type": "qwen2"}'),
-                       ("run/flags.json", "{}")):
-        Path(file).parent.mkdir()
-        Path(file).write_text(text)                                        # no weights
+    write("odd/config.json", {})
+    write("bare/config.json", {"model_type": "qwen2"})                     # no weights
+    write("run/flags.json", {})
     if "window" in flags:                                                  # the rollout would not know of it
         model = built_in()[1]
         model.config.use_sliding_window, model.config.sliding_window = True, 4
         model.save_pretrained("window")
         bpe().save_pretrained("window")
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
-    with pytest.raises(SystemExit, match="2"):
+    with ends(capsys, BAD[flags]):
         llds.main(flags.split(" "))
-    said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "error: " in said and BAD[flags] in said, said
 
 def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkeypatch, capsys):
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(llds, "load_corpus", full)
-    with pytest.raises(SystemExit, match="2"):
+    with ends(capsys, "--micro_batch_tokens"):
         llds.main([])
-    assert "--micro_batch_tokens" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")                                  # as torchrun does
-    with pytest.raises(SystemExit, match="2"):
-        llds.main([])
-    assert "torchrun" in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
-    with pytest.raises(SystemExit, match="0"):
-        llds.parse_config(["--model", "x", "--help"])
-    assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
         assert ("WARNING" in capsys.readouterr().err) == (llds_lambda != "0")
+    with pytest.raises(SystemExit, match="0"):
+        llds.parse_config(["--model", "x", "--help"])
+    assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
+    monkeypatch.setenv("WORLD_SIZE", "2")                                  # as torchrun does
+    with ends(capsys, "torchrun"):
+        llds.main([])
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="--plot is for those who have matplotlib")
 def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
@@ -1150,11 +1084,9 @@ def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
     assert (tmp_path / "curves.png").stat().st_size and "1.000 ->   3.000  ▁█" in capsys.readouterr().out
 
 # ------------------------------------------------------------- python test_llds.py bench [--model PATH]
-CUDA = __name__ == "__main__" and torch.cuda.is_available()
-
 def clock():
     """Seconds: of the wall with a GPU, else those this process worked, whatever else the machine runs."""
-    return (torch.cuda.synchronize() or time.perf_counter()) if CUDA else time.process_time()
+    return (torch.cuda.synchronize() or time.perf_counter()) if llds.GPU else time.process_time()
 
 def race(what, unit, repeats, works):
     """Median seconds of works that take turns, or what they return; in brackets: how many times the first."""
@@ -1168,7 +1100,6 @@ def race(what, unit, repeats, works):
 
 class Paced(llds.Environment):
     """Untrained weights write no tags: question and turn say when an action ends; feedback is 150 tokens."""
-
     def complete(self, e):
         return len(e.ids) - e.start == 16 + (sum(e.ids[:9]) + 7 * e.turn) % 33
 
@@ -1183,9 +1114,8 @@ def naive(model, env, questions, group_size, temperature):
     """The usual loop: generate() until the action of every row is complete, then read each context anew."""
     episodes = [env.reset(question) for question in questions for _ in range(group_size)]
     while live := [e for e in episodes if not e.done]:
-        width, ended = max(len(e.ids) for e in live), [False] * len(live)
-        ids = torch.tensor([[0] * (width - len(e.ids)) + e.ids for e in live], device=llds.DEVICE)
-        mask = torch.tensor([[0] * (width - len(e.ids)) + [1] * len(e.ids) for e in live], device=llds.DEVICE)
+        rows, ended = [torch.tensor(e.ids, device=llds.DEVICE) for e in live], [False] * len(live)
+        ids = torch.nn.utils.rnn.pad_sequence(rows, True, -1, "left")
         def stop(ids, _):
             for r, token in enumerate(ids[:, -1].tolist()):
                 if not ended[r]:
@@ -1193,8 +1123,9 @@ def naive(model, env, questions, group_size, temperature):
                     live[r].action_id.append(live[r].turn)
                     ended[r] = env.complete(live[r])
             return torch.tensor(ended, device=ids.device)
-        model.generate(ids, attention_mask=mask, stopping_criteria=[stop], do_sample=temperature > 0, top_k=0,
-                       max_new_tokens=env.cfg.max_new_tokens, pad_token_id=0, eos_token_id=-1)
+        model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(), stopping_criteria=[stop],
+                       do_sample=temperature > 0, top_k=0, max_new_tokens=env.cfg.max_new_tokens,
+                       pad_token_id=0, eos_token_id=-1)
         env.respond(live)
     return episodes
 
@@ -1206,16 +1137,14 @@ def bare(model, calls):
         mask = cache.begin_pass([*range(len(ids))], position, int(position.max()) + 1)
         model.get_output_embeddings()(model.base_model(ids, mask, position, cache, use_cache=True)[0][:, -1])
 
-def update(model, episodes, llds_lambda=0.1):
-    """A train_step on rollouts that are right or wrong by decree; without LLDS if lambda is None."""
+def update(model, episodes, penalty=llds.llds_penalty):
+    """A train_step on rollouts that are right or wrong by decree."""
     for i, e in enumerate(episodes):
         e.reward = float(i % 3 == 0)
+    cfg = llds.Config(learning_rate=1e-5, warmup_ratio=0.0)
     with pytest.MonkeyPatch.context() as patch:
-        if llds_lambda is None:
-            nothing = torch.zeros(())
-            patch.setattr(llds, "llds_penalty", lambda *_: (nothing, dict.fromkeys(COUNTS, nothing)))
-        cfg = llds.Config(learning_rate=1e-5, warmup_ratio=0.0)
-        llds.train_step(llds.start_run(model, model.state_dict(), llds_lambda or 0.0, cfg), episodes, cfg)
+        patch.setattr(llds, "llds_penalty", penalty)
+        llds.train_step(llds.start_run(model, model.state_dict(), 0.1, cfg), episodes, cfg)
 
 def trl(model, env, questions, rounds=2):
     """TRL's trainer with the naive loop, as its own tool loop is: seconds of a rollout and four updates."""
@@ -1224,20 +1153,17 @@ def trl(model, env, questions, rounds=2):
     def played(prompts, trainer):                                          # each question comes eight times
         begins.append(clock())
         episodes = naive(trainer.model, env, [{"question": prompt} for prompt in prompts], 1, 1.0)
-        starts = [e.action_id.index(1) for e in episodes]
-        return {"prompt_ids": [e.ids[:n] for e, n in zip(episodes, starts)], "logprobs": None,
-                "completion_ids": [e.ids[n:] for e, n in zip(episodes, starts)],
-                "env_mask": [[int(k > 0) for k in e.action_id[n:]] for e, n in zip(episodes, starts)]}
-    def rewards(prompts, **_):
-        return [float(i % 3 == 0) for i in range(len(prompts))]
-    with TemporaryDirectory() as out, redirect_stdout(None):
+        return {"prompt_ids": [e.ids[:e.action_id.index(1)] for e in episodes], "logprobs": None,
+                "completion_ids": [e.ids[e.action_id.index(1):] for e in episodes],
+                "env_mask": [[int(k > 0) for k in e.action_id[e.action_id.index(1):]] for e in episodes]}
+    with tempfile.TemporaryDirectory() as out, redirect_stdout(None):
         args = GRPOConfig(
             output_dir=out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8, bf16=False,
-            per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not CUDA,
+            per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not llds.GPU,
             gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no")
         data = Dataset.from_list([{"prompt": q["question"]} for q in questions])
-        GRPOTrainer(copy.deepcopy(model), rewards, args, data, processing_class=env.tok,
-                    rollout_func=played).train()
+        GRPOTrainer(copy.deepcopy(model), lambda prompts, **_: [int(i % 3 == 0) for i in range(len(prompts))],
+                    args, data, processing_class=env.tok, rollout_func=played).train()
     return (clock() - begins[0]) / rounds
 
 def bench_model(name, tok, model):
@@ -1253,14 +1179,15 @@ def bench_model(name, tok, model):
     hook.remove()
     race("rollout", " s", 3, {"ours": played, "naive": lambda: played(naive),
                               "forwards alone": lambda: bare(model, calls)})
-    race("update", " s", 3, {"without LLDS": lambda: update(model, episodes, None),
+    nothing = torch.zeros(()), {}                                          # a penalty of 0, no counts
+    race("update", " s", 3, {"without LLDS": lambda: update(model, episodes, lambda *_: nothing),
                              "with": lambda: update(model, episodes)})
     theirs = {"TRL": lambda: trl(model, env, QUESTIONS[:4])} if find_spec("trl") else {}
     race("rollout and update", " s", 1, {"ours": lambda: update(model, played(temperature=1.0)), **theirs})
 
 def peak(work):
     """MiB in use at most while it works: on the GPU, else in a forked child."""
-    if CUDA:
+    if llds.GPU:
         torch.cuda.reset_peak_memory_stats()
         work()
         return torch.cuda.max_memory_allocated() / 2 ** 20
@@ -1292,23 +1219,23 @@ def bench_search():
     build = {"ours": lambda: engine.append(BM25(passages))}
     search = {"ours": lambda: engine[0].search(queries, 3)}
     if find_spec("bm25s"):
-        theirs = import_module("bm25s").BM25(method="lucene", k1=1.2, b=0.75)
+        import bm25s
+        theirs = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
         build["bm25s"] = lambda: theirs.index([words(p["contents"]) for p in passages], show_progress=False)
         search["bm25s"] = lambda: theirs.retrieve([words(q) for q in queries], k=3, show_progress=False)
     race("BM25: build", " s", 1, build)
     race("BM25: search", " s", 3, search)
 
 def qwen2(vocabulary, hidden, layers):
-    """Random weights."""
     return Qwen2ForCausalLM(Qwen2Config(
         vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=768)).to(llds.DEVICE).eval()
 
 def bench(path):
     torch.manual_seed(0)
-    transformers_logging.set_verbosity_error()
+    logging.disable()
     warnings.simplefilter("ignore")                                        # TRL's
-    print("Medians,", f"on {torch.cuda.get_device_name()}" if CUDA else "seconds of CPU work of one thread",
+    print("Medians,", f"on {torch.cuda.get_device_name()}" if llds.GPU else "CPU seconds of one thread",
           "(in brackets: how many times the first). 4 groups of 8, 3 searches, actions of 16 to 48 tokens")
     tok, agent = llds.load_model(llds.Config(), PASSAGES, QUESTIONS)
     bench_model("built-in agent", tok, agent)
