@@ -288,9 +288,10 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
             feed(model, cache, unread)
         # 2. A token for every row that does not wait.
         logits = feed(model, cache, dict(enumerate(live)))                              # (rows, V)
-        tokens = logits.argmax(dim=1)
         if temperature > 0:
             tokens = (logits / temperature).softmax(dim=1).multinomial(1)[:, 0]
+        else:
+            tokens = logits.argmax(dim=1)
         for r, (e, token) in enumerate(zip(live, tokens.tolist())):
             if r not in waiting:
                 e.ids.append(token)
