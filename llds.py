@@ -472,8 +472,8 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
     """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
     members = torch.cat(mini_batch)
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
-    action_tokens = batch.action_tokens[members].sum()
-    preserved_tokens = batch.action_tokens[members][batch.advantages[members] >= 0].sum()
+    lengths = batch.action_tokens[members]                                              # (rows,)
+    action_tokens, preserved_tokens = lengths.sum(), lengths[batch.advantages[members] >= 0].sum()
     total = defaultdict(float)
     for rows in mini_batch:
         action_id, advantages, old_logp = batch.action_id[rows], batch.advantages[rows], batch.old_logp[rows]
@@ -572,7 +572,7 @@ def stop_after_this_step(number, _):
     signal.signal(number, signal.SIG_DFL)
 
 def start_run(model, start, llds_lambda, cfg):
-    """A learner: what training changes and a checkpoint keeps. start: initial weights, or None for these."""
+    """A learner: what training changes and a checkpoint keeps. start: initial weights, if not these."""
     if start:
         model.load_state_dict(start)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
@@ -781,8 +781,8 @@ def main(argv=None):
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop_after_this_step)
-    start = copy.deepcopy(model).cpu().state_dict() if several or cfg.beta else None
-    runs = {}
+    weights = model.state_dict().items() if several or cfg.beta else []
+    runs, start = {}, {name: x.to("cpu", copy=True) for name, x in weights}  # takes no room on the GPU
     for llds_lambda in cfg.llds_lambda:
         folder = out / f"lambda_{llds_lambda:g}" if several else out
         folder.mkdir(exist_ok=True)
