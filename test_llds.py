@@ -3,7 +3,7 @@
 
 The oracle of the losses is slow loops over tokens. That of the rollout is play(): one episode, one token at a
 time, the whole context read anew. `python test_llds.py bench` measures instead of testing."""
-import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
+import concurrent.futures, copy, dataclasses, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
 import signal, subprocess, sys, tempfile, threading, time, urllib.error, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, redirect_stdout
@@ -31,7 +31,7 @@ from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTP
 torch.set_num_threads(1)
 GATES = ("token", "response", "action")
 LOSSES = ("policy", "kl", *GATES)
-COUNTS = ("preserved_tokens", "penalized_tokens", "units", "open_units")
+COUNTS = ("units", "open_units")
 README = Path(llds.__file__).with_name("README.md").read_text(encoding="utf-8")
 CORPUS = Path(llds.__file__).with_name("tiny_corpus.jsonl")
 PASSAGES = load_corpus(CORPUS)
@@ -94,7 +94,7 @@ def test_the_story_by_hand(gate, weight):
     near(loss, values[weight])
     near(grad, want)
     assert torch.equal(grad == 0, want == 0)
-    assert [info[name] for name in COUNTS] == [10, len(full) + len(as_answer) * (weight > 0), units, opened]
+    assert [info[name] for name in COUNTS] == [units, opened]
     near(solve(gate, b, answer_weight=weight, denom=40)[0], values[weight] / 4)  # in place of the 10
     for part in (dict(other=b.other + .5), dict(other=b.logp), dict(adv=b.adv.abs()), dict(adv=b.adv - 1e-6)):
         theirs = solve(gate, SimpleNamespace(**vars(b) | part), answer_weight=weight)[1]
@@ -119,12 +119,14 @@ def test_policy_loss_and_kl_by_hand():
 def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
     b, square = story(), torch.ones(4, 7)              # advantages (N, T) would become (N, N, T)
     near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
-    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square},
-                  {"advantages": b.adv[:1]}, {"answer_mask": None, "answer_weight": .5}):
+    for error, wrong in ((ValueError, {"gate": "turn"}), (ValueError, {"answer_weight": 1.01}),
+                         (ValueError, {"answer_weight": -.01}), (RuntimeError, {"advantages": square}),
+                         (RuntimeError, {"advantages": b.adv[:1]}),
+                         (AttributeError, {"answer_mask": None, "answer_weight": .5})):
         options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong
-        with pytest.raises(ValueError, match=next(iter(wrong))):
+        with pytest.raises(error):
             llds.llds_penalty(b.logp, b.other, **options)
-    with pytest.raises(ValueError, match="advantages"):
+    with pytest.raises(RuntimeError):
         llds.policy_loss(b.logp, b.other, square, b.mask)
 
 def places(b):
@@ -156,7 +158,7 @@ def slow_llds(logp, b, gate, answer_weight=1.0):
             paid += [torch.relu(x) * (answer_weight if b.answer[p] else 1.0) for p, x in zip(members, lost)]
     tokens = sum(map(len, units.values()))
     loss = sum(paid, torch.zeros((), requires_grad=True)) / max(1, tokens)
-    return loss, dict(zip(COUNTS, (tokens, sum(x > 0 for x in paid), len(units), opened)))
+    return loss, dict(zip(COUNTS, (len(units), opened)))
 
 def random_batch(seed, rows):
     """Eighths make sums exact and ties frequent. Where no action is stands something that must go nowhere."""
@@ -308,7 +310,7 @@ def test_every_branch_of_the_episode():
             ids, action_id = ids + said + heard, action_id + [k + 1] * len(said) + [0] * len(heard)
         assert (e.ids, e.action_id, e.turn, e.done) == (ids, action_id, len(actions), True), name
         assert e.searches == [[FRANCE[0]["contents"]] * (f == "i") for f in follows.replace("c", "")], name
-        spoken = between("answer", env.decode(e.ids[e.start:]))
+        spoken = between("answer", env.tok.decode(e.ids[e.start:]))
         assert (spoken, e.reward) == (answer, float(answer == "Paris")), name
 
 def test_prompts():
@@ -345,7 +347,7 @@ def test_hostile_documents(tok, attack):
     env = world(tok, [{"contents": document}, {"contents": attack + " capital"}], top_k=2)
     e = act(env, "?", ["<search> capital </search>", "Paris </answer>", "> Paris" + tok.eos_token])
     assert (e.turn, e.reward, e.answer_start, len(e.searches[0])) == (3, 0.0, None, 2)
-    text = env.decode(feedback(e)).strip()
+    text = env.tok.decode(feedback(e)).strip()
     assert text.startswith("<information>") and text.endswith("</information>")
     assert len(re.findall("</?(?:think|search|information|answer)>", text)) == 2
     assert not (set(tok.added_tokens_decoder) - {tok.unk_token_id}) & set(feedback(e))  # no special token
@@ -355,7 +357,7 @@ def test_long_feedback_is_cut_inside_the_text_and_still_closed(limit):
     passages = [{"contents": '"Long"\n' + " capital é </information> <answer>" * 40}]
     env = world(passages=passages, max_feedback_tokens=limit)
     e = act(env, "?", [SEARCH, FORGETS, RIGHT])
-    text, correction = env.decode(feedback(e)), e.start - e.action_id.index(2) - e.action_id.count(2)
+    text, correction = env.tok.decode(feedback(e)), e.start - e.action_id.index(2) - e.action_id.count(2)
     assert len(feedback(e)) == limit and 0 < correction <= limit
     assert text.startswith(OPEN) and text.endswith(CLOSE) and text.count("</information>") == 1
     assert information(passages).startswith(text[len(OPEN):-len(CLOSE)].rstrip("\ufffd"))
@@ -420,7 +422,8 @@ def test_rollout_equals_one_row_at_a_time():
         def likeliest(e):
             return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
         played = [play(env, question, likeliest) for question in questions]
-        assert llds.rollout(model, env, questions, group, 0.0) == [e for e in played for _ in range(group)]
+        got = [dataclasses.replace(e, read=0) for e in llds.rollout(model, env, questions, group, 0.0)]
+        assert got == [e for e in played for _ in range(group)]
         for e in played:
             assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn > len(e.searches)
             seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
@@ -510,23 +513,6 @@ def test_micro_batches_do_not_change_the_update(monkeypatch):
     frozen = stepped(10 ** 6, freeze_embeddings=True)
     assert torch.equal(frozen.weights[0], agent(30)[0].float().get_input_embeddings().weight)
 
-def test_offload_moves_the_optimizer_and_changes_nothing_else():
-    """Two updates, frozen embeddings and all; the moments and weights that AdamW holds are copies."""
-    def trained(**flags):
-        cfg = llds.Config(learning_rate=1e-3, warmup_ratio=0.0, freeze_embeddings=True, **flags)
-        model = agent(32)[0].float()
-        learner = llds.start_run(model, None, 1.0, cfg)
-        for scale in (1.01, 1.0):
-            model(torch.arange(9)[None]).logits.logsumexp(dim=-1).sum().backward()
-            llds.optimizer_step(learner)
-            model.load_state_dict({name: x * scale for name, x in model.state_dict().items()})  # as a resume
-        held, ours = learner.optimizer.param_groups[0]["params"], [*model.parameters()]
-        return [x.detach() for x in ours], {x.data_ptr() for x in ours} & {x.data_ptr() for x in held}
-    (want, shared), (got, copied) = trained(), trained(cpu_offload=True)
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    start = [weight.float() * 1.01 for weight in agent(32)[0].parameters()]
-    assert shared and not copied and [torch.equal(*pair) for pair in zip(got, start)].count(True) == 1
-
 def test_metrics_by_hand():
     """Of right and wrong responses, of actions and numbers of searches; what fell during the step."""
     run = stepped()
@@ -578,7 +564,7 @@ def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_u
     assert searched and all(set(found) <= right for e in searched for found in e.searches)
 
 def test_a_resumed_run_takes_the_new_learning_rate(tmp_path):
-    """From its second update on; a model with dropout is none of ours."""
+    """From its second update on; a model with dropout, or other layers than ours, is none of ours."""
     model, env, questions = agent(36)
     rates = []
     for rate in (1e-3, 4e-3):
@@ -587,9 +573,13 @@ def test_a_resumed_run_takes_the_new_learning_rate(tmp_path):
         llds.train(learner, env, env, questions, questions[:1], tmp_path, cfg)
         rates += learner.scheduler.get_last_lr()
     assert rates == [1e-3, 4e-3] and len(learner.history) == 2
-    model.base_model.resid = torch.nn.Dropout(0.1)
-    with pytest.raises(SystemExit):
-        llds.check_model(model, env.tok)
+    llds.check_model(model, env.tok)
+    for spoil in (lambda: setattr(model.base_model.layers[0].self_attn, "attention_dropout", 0.5),
+                  lambda: setattr(model.config, "layer_types", ["full_attention", "linear_attention"])):
+        spoil()
+        with pytest.raises(SystemExit):
+            llds.check_model(model, env.tok)
+        model.base_model.layers[0].self_attn.attention_dropout = 0.0
 
 def test_first_action_match_by_hand():
     """One: the right response found a, then c; the wrong ones a, b; b, a; nothing; nothing: 1 of 4. Two: two
@@ -597,9 +587,9 @@ def test_first_action_match_by_hand():
     one, three = (("ac", 1), ("ab", 0), ("ba", 0), ("", 0), ("", 0)), (("a", 0),) * 5
     two = (("", 1), ("a", 0), ("a", 1), ("", 0), ("", 1))
     four = (([""], 1), *[([""], 0)] * 4)                                   # all searched and found nothing
-    for groups, want in ((one, 1 / 4), (two, .5), (one + two + three, 1 / 3), (three, math.nan), (four, 0)):
+    for groups, want in ((one, 1 / 4), (two, .5), (one + two + three, 1 / 3), (three, None), (four, 0)):
         episodes = [SimpleNamespace(searches=[[*name] for name in found], reward=r) for found, r in groups]
-        near(llds.first_action_match(episodes, 5), want)
+        assert llds.first_action_match(episodes, 5) == pytest.approx(want)
 
 def test_evaluation_tells_sets_apart(monkeypatch):
     """Greedily: exact match and searches of all, by set, and the mean of the sets, of whatever size."""
@@ -649,6 +639,85 @@ def test_an_update_without_a_finite_gradient_is_skipped():
         assert math.isfinite(norm) == bool(size) and all(p.grad is None for p in model.parameters())
         near(change.norm(), size, 1e-3)
     near(norm, 3 ** .5)                                                    # of (1, 1) and 1, before it is cut
+
+# ------------------------------------------------------------------------------------- several processes
+KINDS = (dict(beta=0.1), dict(freeze_embeddings=True, gradient_checkpointing=True), dict(cpu_offload=True))
+
+def steps(model, env, questions, episodes, cfg):
+    """Two steps on fixed rollouts: metrics, weights, and what the model says to seven questions, and to one."""
+    said = [llds.rollout(model, env, some, temperature=0.0) for some in (questions, questions[:1])]
+    start = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
+    learner, metrics = llds.start_run(model, start, 1.0, cfg), []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        metrics.append(llds.train_step(learner, copy.deepcopy(episodes), cfg)[0])
+    return metrics, {name: getattr(x, "full_tensor", x.clone)() for name, x in model.state_dict().items()}, said
+
+def all_steps(folder, processes=1):
+    """Of an untied head, a tied one with frozen embeddings, a tied one offloaded."""
+    episodes, models, results = torch.load(folder / "episodes.pt", weights_only=False), [], []
+    for flags in KINDS:
+        model, env, questions = agent(40, gradient_checkpointing="gradient_checkpointing" in flags)
+        if "beta" not in flags:
+            model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
+            model.lm_head.weight = model.get_input_embeddings().weight
+        cfg = llds.Config(group_size=3, mini_batches=2, num_iterations=2, answer_weight=".5", warmup_ratio=0.0,
+                          micro_batch_tokens=100, learning_rate=1e-2, **flags)
+        models.append((model.float(), env, questions, episodes, cfg))
+    if processes > 1:
+        llds.start_processes(cfg)
+    for model, *rest, cfg in models:
+        results.append(steps(llds.shard(model, cfg) if processes > 1 else model, *rest, cfg))
+    return results
+
+def worker(task, folder):
+    """What `torchrun test_llds.py` does in each process: all_steps(), or a run in which rank 1 dies."""
+    if task == "dies":
+        llds.update = lambda *_, real=llds.update: os._exit(3) if llds.RANK == 1 else real(*_)
+        llds.main([*SHORT, "--output_dir", folder])
+    results = all_steps(Path(folder), llds.WORLD)
+    if llds.RANK == 0:
+        torch.save(results, Path(folder, "results.pt"))
+    torch.distributed.destroy_process_group()
+
+def torchrun(*command):
+    """On two processes, by Gloo: exit status and what was printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return done.returncode, done.stdout + done.stderr
+
+def test_two_processes_make_what_one_makes(tmp_path):
+    """Five groups of three, in micro-batches of one to three rows. AdamW enlarges a rounded gradient of 0."""
+    model, env, questions = agent(40)
+    episodes = llds.rollout(model.float(), env, questions[:5], 3)
+    for i, e in enumerate(episodes):
+        e.reward = float(i % 3 == 0 or e.answer_start is not None)
+    torch.save(episodes, tmp_path / "episodes.pt")
+    status, said = torchrun(__file__, "worker", "all", tmp_path)
+    assert status == 0, said
+    for got, want in zip(torch.load(tmp_path / "results.pt", weights_only=False), all_steps(tmp_path)):
+        for metrics, other in zip(got[0], want[0]):
+            assert metrics == pytest.approx(other, rel=2e-3, abs=2e-3)
+        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-3)
+        assert got[2] == want[2] and max(x["llds"] for x in want[0]) > 0
+    assert want[0][1]["grad_norm"] > 0
+
+SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 3 --group_size 2 --mini_batches 2
+    --max_new_tokens 9 --max_feedback_tokens 40 --beta 0.01 --hops 2""".split()
+
+def test_a_run_on_two_processes_goes_on_on_one_and_back(tmp_path, capsys):
+    """Its model is an ordinary one. If a rank dies, all end."""
+    out = str(tmp_path / "out")
+    status, said = torchrun(llds.__file__, *SHORT, "--output_dir", out)
+    assert status == 0 and said.count("held-out questions:") == 1, said
+    llds.main(["--resume", out, "--steps", "3"])
+    status, said = torchrun(llds.__file__, "--resume", out, "--steps", "4", "--cpu_offload")
+    assert status == 0, said
+    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4] and Path(out, "checkpoint-4").exists()
+    llds.main(["--model", out, "--ask", "What is the capital of France?"])
+    assert "What is the capital of France?" in capsys.readouterr().out
+    assert torchrun(__file__, "worker", "dies", tmp_path / "dies")[0] != 0
 
 # --------------------------------------------------------------------------------------------- the README
 def snippet(word):
@@ -944,8 +1013,7 @@ RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 
 GONE = "the server is gone"
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
     "in a step": (llds, "update", 11, signal.SIGKILL, -9, 1),              # of lambda 0, step 3
-    "in a save": (torch, "save", 2, signal.SIGKILL, -9, 4),                # of lambda 0.5, step 3
-    "by SIGTERM": (llds, "update", 2, signal.SIGTERM, 2, 5),               # in step 1, which ends first
+    "in a save": (llds.dcp, "save", 2, signal.SIGKILL, -9, 4),             # of lambda 0.5, step 3
     "server": (llds, "rollout", 8, GONE, 2, 3),                            # lambda 0, step 2
     "server in evaluation": (llds, "evaluate", 3, GONE, 2, 4)}             # of lambda 0.5, step 3
 
@@ -980,7 +1048,6 @@ def whole(tmp_path_factory):
         finally:
             if os.getpid() != parent:
                 os._exit(getattr(sys.exc_info()[1], "code", 99))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     assert status == {name: death[4] for name, death in DEATHS.items()}
     return here
 
@@ -1020,7 +1087,6 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     monkeypatch.chdir(whole.with_name(name))
     steps, train_step = [], llds.train_step
     monkeypatch.setattr(llds, "train_step", lambda *args: steps.append(1) or train_step(*args))
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
     llds.main(["--resume", "out", "--rollout_batch", "99"])
     said = capsys.readouterr().out
     assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in said and "held-out" not in said
@@ -1031,9 +1097,8 @@ BAD = {  # flags: what the sentence names
     "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size",
     "--hops 3": "--hops 3", "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate",
     "--temperature 0": "--temperature", "--answer_weight 1.5": "--answer_weight",
-    "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retrieval_noise 40": "--retrieval_noise",
-    "--early_answers 7": "--early_answers", "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask",
-    "--warmup_ratio 50": "--warmup_ratio", "--prompt x": "--prompt", "--resume run --eval": "--eval",
+    "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask",
+    "--prompt x": "--prompt", "--resume run --eval": "--eval",
     "--resume run --llds_lambda 0 1": "no lambda_",
     "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--corpus no.jsonl": "no.jsonl",
     "--eval_data no.jsonl": "no.jsonl", "--model odd": "odd", "--model bare": "bare",
@@ -1069,9 +1134,6 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
     with pytest.raises(SystemExit, match="0"):
         llds.parse_config(["--model", "x", "--help"])
     assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
-    monkeypatch.setenv("WORLD_SIZE", "2")                                  # as torchrun does
-    with ends(capsys, "torchrun"):
-        llds.main([])
 
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="--plot is for those who have matplotlib")
 def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
@@ -1247,4 +1309,7 @@ def bench(path):
     bench_search()
 
 if __name__ == "__main__":
-    bench(sys.argv[3] if "--model" in sys.argv else None)
+    if "worker" in sys.argv:
+        worker(*sys.argv[2:])
+    else:
+        bench(sys.argv[3] if "--model" in sys.argv else None)
