@@ -138,7 +138,7 @@ class Episode:
     answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
     reward: float = 0.0
     done: bool = False
-    read: int = 0                                  # ids[:read] are in the KV cache, see feed and rollout
+    read: int = field(default=0, compare=False)    # ids[:read] are in the KV cache, see feed and rollout
 
 class Environment:
     """Where text and ids meet. A new tool needs its closing tag in complete(), its feedback in respond()."""

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: MIT
-"""Stories about llds.py: first the maths, with numbers to check by hand, then the rest.
-
-The oracle of the losses is slow loops over tokens. That of the rollout is play(): one episode, one token at a
-time, the whole context read anew. `python test_llds.py bench` measures instead of testing."""
-import concurrent.futures, copy, dataclasses, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
+"""Stories about llds.py: the maths, with numbers to check by hand, then the rest. Oracles: loops over tokens, and
+play(): one episode, one token at a time, all read anew. `python test_llds.py bench` measures instead."""
+import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
 import signal, subprocess, sys, tempfile, threading, time, urllib.error, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, redirect_stdout
@@ -69,8 +67,7 @@ def story():
     2    -1    (2, 1)(1)          3, 1        4          (1); not preserved
     3    +.5   (-1, 1.5)          .5          .5         (1.5)"""
     ids = [[0, 1, 1, 0, 2, 2, 0], [0, 1, 1, 2, 2, 0, 0], [0, 1, 1, 0, 2, 0, 0], [0, 0, 1, 1, 0, 0, 0]]
-    lost = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9],
-            [9, 9, -1, 1.5, 9, 9, 9]]
+    lost = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9], [9, 9, -1, 1.5, 9, 9, 9]]
     answer = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
     return batch(ids, [[-2. - x for x in row] for row in lost], [[-2.] * 7] * 4, [1., 0., -1., .5], answer)
 
@@ -81,7 +78,6 @@ BY_HAND = {  # gate: tokens penalised in full, as answer; units, open ones; valu
     "response": ([(1, 1)], [(1, 3), (3, 3)], 3, 2, {1.: .3, .3: .16, 0.: .1}),
     # the first action of rows 0, 1 and 3 is open: (1 + 1 + 1.5 w) / 10
     "action": ([(0, 1), (1, 1)], [(3, 3)], 5, 3, {1.: .35, .3: .245, 0.: .2})}
-
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("weight", [0., .3, 1.])
 def test_the_story_by_hand(gate, weight):
@@ -119,12 +115,10 @@ def test_policy_loss_and_kl_by_hand():
 def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
     b, square = story(), torch.ones(4, 7)              # advantages (N, T) would become (N, N, T)
     near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
-    for error, wrong in ((ValueError, {"gate": "turn"}), (ValueError, {"answer_weight": 1.01}),
-                         (ValueError, {"answer_weight": -.01}), (RuntimeError, {"advantages": square}),
-                         (RuntimeError, {"advantages": b.adv[:1]}),
-                         (AttributeError, {"answer_mask": None, "answer_weight": .5})):
+    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square},
+                  {"advantages": b.adv[:1]}, {"answer_mask": None, "answer_weight": .5}):
         options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong
-        with pytest.raises(error):
+        with pytest.raises((ValueError, RuntimeError, AttributeError)):
             llds.llds_penalty(b.logp, b.other, **options)
     with pytest.raises(RuntimeError):
         llds.policy_loss(b.logp, b.other, square, b.mask)
@@ -236,9 +230,8 @@ END, START = "<|im_end|>", "<|im_start|>"
 def bpe():
     """Qwen's habits: </search>\\n\\n is </, search, >\\n\\n; the > of a tag merges with the next tag's </."""
     model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r" ?\p{L}+|[^\s\p{L}]+\n*|\s+"), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    words = pre_tokenizers.Split(Regex(r" ?\p{L}+|[^\s\p{L}]+\n*|\s+"), "isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(False, use_regex=False)])
     model.decoder = decoders.ByteLevel()
     some = "<search> capital of France </search>\n\n<information></information>\n\n<answer></answer></answer>"
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -253,7 +246,6 @@ def built_in(**flags):
     return llds.load_model(llds.Config(**flags), PASSAGES[:6], QUESTIONS[:18])
 
 FRANCE = [{"contents": '"France"\nThe capital of France is Paris.'}, {"contents": '"Oslo"\nIn Norway.'}]
-
 def world(tok=None, passages=FRANCE, max_length=math.inf, **flags):
     cfg = llds.Config(**dict(max_turns=2, top_k=1, max_new_tokens=50, max_feedback_tokens=60) | flags)
     return llds.Environment(tok or bpe(), BM25(passages), cfg, max_length)
@@ -297,10 +289,8 @@ STORIES = {  # actions; what follows each, by its letter in HEARD; answer
     "forgets the tag in the last turn": ([SEARCH, SEARCH, FORGETS], "ii", None),
     "merges the last > with what follows": ([SEARCH + "</", RIGHT + "\n\n"], "i", "Paris"),
     "spells by letters": ([[*SEARCH], [*RIGHT]], "i", "Paris")}
-
 def test_every_branch_of_the_episode():
-    """A mistake costs its turn, nothing follows the last turn, and the tokens of prompt, actions and feedback
-    stay as they were."""
+    """A mistake costs its turn, nothing follows the last turn, all tokens stay as they were."""
     env = world()
     for name, (actions, follows, answer) in STORIES.items():
         e, ids = act(env, name, actions), env.tok.encode(name)
@@ -388,10 +378,8 @@ def test_an_action_ends_with_its_tag_however_it_is_split():
 
 # -------------------------------------------------------------------------------------------- the rollout
 LIKES = {"<search>": 7, "</search>": 7, "<answer>": 6, "</answer>": 6, "<eos>": 3, "capital": 3, "Kabul": 3}
-
 def agent(seed, max_length=math.inf, **flags):
-    """The built-in model, untrained, in float64, fond of tags; questions of ragged length; a search engine
-    that finds something for every query, so that also an untrained agent gets to read."""
+    """The built-in model in float64, untrained, fond of tags; ragged questions; an engine that always finds."""
     torch.manual_seed(seed)
     tok, model = built_in(**flags)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))    # untied, with a bias
@@ -422,8 +410,7 @@ def test_rollout_equals_one_row_at_a_time():
         def likeliest(e):
             return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
         played = [play(env, question, likeliest) for question in questions]
-        got = [dataclasses.replace(e, read=0) for e in llds.rollout(model, env, questions, group, 0.0)]
-        assert got == [e for e in played for _ in range(group)]
+        assert llds.rollout(model, env, questions, group, 0.0) == [e for e in played for _ in range(group)]
         for e in played:
             assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn > len(e.searches)
             seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
@@ -472,20 +459,26 @@ def test_token_logps_equal_those_of_full_logits(temperature, chunk):
     assert not any(x[b.action_id == 0].any() for x in got[:2]) and all(x.any() for x in got)
     assert not any(x.any() for x in llds.token_logps(model, b.ids, 0 * b.ids))   # no action at all
 
-def stepped(micro_batch_tokens=800, rate=0.3, **flags):
-    """One training step on fixed rollouts, right or wrong by decree; the reference is another model."""
+def stepped(micro_batch_tokens=800, rate=0.3, tied=False, greedy=False, shard=None, **flags):
+    """One training step on fixed rollouts, right or wrong by decree; the reference has smaller weights."""
     model, env, questions = agent(30)
-    episodes = llds.rollout(model.float(), env, questions, 4)
-    for i, e in enumerate(episodes):
-        e.reward = float(i % 3 == 0 or e.answer_start is not None)
+    if tied:
+        model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
+        model.lm_head.weight = model.get_input_embeddings().weight
     cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=".5",
                              micro_batch_tokens=micro_batch_tokens) | flags)
+    if shard:
+        shard(model.float(), cfg)
+    episodes = llds.rollout(model.float(), env, questions, cfg.group_size, 0.0 if greedy else 1.0)
+    for i, e in enumerate(episodes):
+        e.reward = float(i % 3 == 0 or e.answer_start is not None)
     learner = llds.start_run(model, copy.deepcopy(model.state_dict()), 1.0, cfg)
-    learner.start, learner.optimizer = agent(31)[0].state_dict(), torch.optim.SGD(model.parameters(), rate)
+    learner.start = {name: .9 * x for name, x in model.state_dict().items()}
+    learner.optimizer = torch.optim.SGD(model.parameters(), rate)
     torch.manual_seed(0)                                                   # the same plan for everyone
     metrics, b = llds.train_step(learner, episodes, cfg)
     return SimpleNamespace(metrics=metrics, batch=b, model=model, episodes=episodes,
-                           weights=[p.detach() for p in model.parameters()])
+                           weights=[getattr(p, "full_tensor", p.detach)() for p in model.parameters()])
 
 @pytest.mark.parametrize("gate", GATES)
 def test_llds_acts_from_the_second_update_on(gate):
@@ -510,15 +503,13 @@ def test_micro_batches_do_not_change_the_update(monkeypatch):
         own_mean = partial(lambda loss, *args: loss(*args[:-1]), getattr(llds, name))
         monkeypatch.setattr(llds, name, own_mean)
     assert all(map(torch.equal, stepped(10 ** 6).weights, want.weights))
-    frozen = stepped(10 ** 6, freeze_embeddings=True)
-    assert torch.equal(frozen.weights[0], agent(30)[0].float().get_input_embeddings().weight)
+    assert torch.equal(stepped(freeze_embeddings=True).weights[0], agent(30)[0].float().get_input_embeddings().weight)
 
 def test_metrics_by_hand():
     """Of right and wrong responses, of actions and numbers of searches; what fell during the step."""
     run = stepped()
     rows, b = run.episodes, run.batch
-    tokens = [(e, k, b.old_logp[i, t].item())
-              for i, e in enumerate(rows) for t, k in enumerate(e.action_id) if k]
+    tokens = [(e, k, b.old_logp[i, t].item()) for i, e in enumerate(rows) for t, k in enumerate(e.action_id) if k]
     def logp(keep):
         return fmean([x for e, k, x in tokens if keep(e, k)] or [math.nan])
     now, _ = llds.token_logps(run.model, b.ids, b.action_id)
@@ -574,12 +565,11 @@ def test_a_resumed_run_takes_the_new_learning_rate(tmp_path):
         rates += learner.scheduler.get_last_lr()
     assert rates == [1e-3, 4e-3] and len(learner.history) == 2
     llds.check_model(model, env.tok)
-    for spoil in (lambda: setattr(model.base_model.layers[0].self_attn, "attention_dropout", 0.5),
-                  lambda: setattr(model.config, "layer_types", ["full_attention", "linear_attention"])):
-        spoil()
-        with pytest.raises(SystemExit):
+    for part, name, value in ((model.config, "sliding_window", 4), (model.config, "layer_types", ["linear_attention"]),
+                              (model.base_model.layers[0].self_attn, "attention_dropout", .5)):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(part, name, value)
             llds.check_model(model, env.tok)
-        model.base_model.layers[0].self_attn.attention_dropout = 0.0
 
 def test_first_action_match_by_hand():
     """One: the right response found a, then c; the wrong ones a, b; b, a; nothing; nothing: 1 of 4. Two: two
@@ -596,9 +586,8 @@ def test_evaluation_tells_sets_apart(monkeypatch):
     rows = [("a", 1, 2), ("a", 0, 1), ("a", 0, 0), ("b", 1, 1), (None, 1, 3)]   # set, reward, searches
     played = [llds.Episode({"set": name}, [], [], 0, reward=r, searches=[[]] * n) for name, r, n in rows]
     monkeypatch.setattr(llds, "rollout", lambda *_, temperature: played if temperature == 0 else [])
-    assert llds.evaluate(None, None, []) == pytest.approx(dict(
-        eval_em=3 / 5, eval_em_a=1 / 3, eval_em_b=1, eval_em_average=2 / 3,
-        eval_searches=7 / 5, eval_searches_a=1, eval_searches_b=1))
+    want = dict(eval_em=3 / 5, eval_em_a=1 / 3, eval_em_b=1, eval_em_average=2 / 3, eval_searches=7 / 5)
+    assert llds.evaluate(None, None, []) == pytest.approx(want | dict(eval_searches_a=1, eval_searches_b=1))
     del played[3:]
     assert "eval_em_average" not in llds.evaluate(None, None, [])          # of one set
 
@@ -639,85 +628,6 @@ def test_an_update_without_a_finite_gradient_is_skipped():
         assert math.isfinite(norm) == bool(size) and all(p.grad is None for p in model.parameters())
         near(change.norm(), size, 1e-3)
     near(norm, 3 ** .5)                                                    # of (1, 1) and 1, before it is cut
-
-# ------------------------------------------------------------------------------------- several processes
-KINDS = (dict(beta=0.1), dict(freeze_embeddings=True, gradient_checkpointing=True), dict(cpu_offload=True))
-
-def steps(model, env, questions, episodes, cfg):
-    """Two steps on fixed rollouts: metrics, weights, and what the model says to seven questions, and to one."""
-    said = [llds.rollout(model, env, some, temperature=0.0) for some in (questions, questions[:1])]
-    start = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
-    learner, metrics = llds.start_run(model, start, 1.0, cfg), []
-    for seed in (0, 1):
-        torch.manual_seed(seed)
-        metrics.append(llds.train_step(learner, copy.deepcopy(episodes), cfg)[0])
-    return metrics, {name: getattr(x, "full_tensor", x.clone)() for name, x in model.state_dict().items()}, said
-
-def all_steps(folder, processes=1):
-    """Of an untied head, a tied one with frozen embeddings, a tied one offloaded."""
-    episodes, models, results = torch.load(folder / "episodes.pt", weights_only=False), [], []
-    for flags in KINDS:
-        model, env, questions = agent(40, gradient_checkpointing="gradient_checkpointing" in flags)
-        if "beta" not in flags:
-            model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
-            model.lm_head.weight = model.get_input_embeddings().weight
-        cfg = llds.Config(group_size=3, mini_batches=2, num_iterations=2, answer_weight=".5", warmup_ratio=0.0,
-                          micro_batch_tokens=100, learning_rate=1e-2, **flags)
-        models.append((model.float(), env, questions, episodes, cfg))
-    if processes > 1:
-        llds.start_processes(cfg)
-    for model, *rest, cfg in models:
-        results.append(steps(llds.shard(model, cfg) if processes > 1 else model, *rest, cfg))
-    return results
-
-def worker(task, folder):
-    """What `torchrun test_llds.py` does in each process: all_steps(), or a run in which rank 1 dies."""
-    if task == "dies":
-        llds.update = lambda *_, real=llds.update: os._exit(3) if llds.RANK == 1 else real(*_)
-        llds.main([*SHORT, "--output_dir", folder])
-    results = all_steps(Path(folder), llds.WORLD)
-    if llds.RANK == 0:
-        torch.save(results, Path(folder, "results.pt"))
-    torch.distributed.destroy_process_group()
-
-def torchrun(*command):
-    """On two processes, by Gloo: exit status and what was printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *command]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    return done.returncode, done.stdout + done.stderr
-
-def test_two_processes_make_what_one_makes(tmp_path):
-    """Five groups of three, in micro-batches of one to three rows. AdamW enlarges a rounded gradient of 0."""
-    model, env, questions = agent(40)
-    episodes = llds.rollout(model.float(), env, questions[:5], 3)
-    for i, e in enumerate(episodes):
-        e.reward = float(i % 3 == 0 or e.answer_start is not None)
-    torch.save(episodes, tmp_path / "episodes.pt")
-    status, said = torchrun(__file__, "worker", "all", tmp_path)
-    assert status == 0, said
-    for got, want in zip(torch.load(tmp_path / "results.pt", weights_only=False), all_steps(tmp_path)):
-        for metrics, other in zip(got[0], want[0]):
-            assert metrics == pytest.approx(other, rel=2e-3, abs=2e-3)
-        torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-3)
-        assert got[2] == want[2] and max(x["llds"] for x in want[0]) > 0
-    assert want[0][1]["grad_norm"] > 0
-
-SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 3 --group_size 2 --mini_batches 2
-    --max_new_tokens 9 --max_feedback_tokens 40 --beta 0.01 --hops 2""".split()
-
-def test_a_run_on_two_processes_goes_on_on_one_and_back(tmp_path, capsys):
-    """Its model is an ordinary one. If a rank dies, all end."""
-    out = str(tmp_path / "out")
-    status, said = torchrun(llds.__file__, *SHORT, "--output_dir", out)
-    assert status == 0 and said.count("held-out questions:") == 1, said
-    llds.main(["--resume", out, "--steps", "3"])
-    status, said = torchrun(llds.__file__, "--resume", out, "--steps", "4", "--cpu_offload")
-    assert status == 0, said
-    rows = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4] and Path(out, "checkpoint-4").exists()
-    llds.main(["--model", out, "--ask", "What is the capital of France?"])
-    assert "What is the capital of France?" in capsys.readouterr().out
-    assert torchrun(__file__, "worker", "dies", tmp_path / "dies")[0] != 0
 
 # --------------------------------------------------------------------------------------------- the README
 def snippet(word):
@@ -783,25 +693,20 @@ def write(path, *rows):
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
-@pytest.mark.parametrize("text, want", [
-    ("<b> é日😀", "<b> é日😀"), ("a\ud83d", "a\ufffd"), ("</search>x<answer>", "< /search>x< answer>"),
-    ("</infor</information>mation>", "</infor< /information>mation>")])
-def test_clean_by_hand(text, want):
-    assert clean(text, TAG) == want
-    assert information([{"contents": "T\n" + text}]) == "Doc 1(Title: T) " + want
-
-@pytest.mark.parametrize("prediction, golden, want", [
-    ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0),
-    ("", ["A"], 0), ("", [""], 0), (" ", ["the"], 0), ("?", ["!"], 0), ("A ", ["A"], 1), ("the", ["A"], 0),
-    ("+", ["-", "+"], 1), ("p", "Paris", 0), ("paris", "Paris", 1), ("Theatre", ["theatre"], 1)])
-def test_exact_match(prediction, golden, want):
-    assert exact_match(prediction, golden) == want
-
-@pytest.mark.parametrize("text, want", [
-    ("It is .fr, x_1 ½", "it is fr x_1 ½"), ("in北京 是2008年", "in 北 京 是 2008 年"), ("東京タワー。", "東 京 タ ワ ー"),
-    ("น้ำ", "น ้ ำ"), ("서울은 수도", "서울은 수도"), ("?! …", ""), ("हिन्दी में।", "हिन्दी में")])
-def test_terms(text, want):
-    assert words(text) == want.split()
+def test_texts_by_hand():
+    """Tags are broken, Search-R1's normalisation is exact match's, and terms are words or characters."""
+    for text, want in (("<b> é日😀", "<b> é日😀"), ("a\ud83d", "a\ufffd"), ("</search>x<answer>", "< /search>x< answer>"),
+                       ("</infor</information>mation>", "</infor< /information>mation>")):
+        assert clean(text, TAG) == want and information([{"contents": "T\n" + text}]) == "Doc 1(Title: T) " + want
+    for prediction, golden, want in (
+            ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0), ("", ["A"], 0),
+            ("", [""], 0), (" ", ["the"], 0), ("?", ["!"], 0), ("A ", ["A"], 1), ("the", ["A"], 0),
+            ("+", ["-", "+"], 1), ("p", "Paris", 0), ("paris", "Paris", 1), ("Theatre", ["theatre"], 1)):
+        assert exact_match(prediction, golden) == want, prediction
+    for text, want in (("It is .fr, x_1 ½", "it is fr x_1 ½"), ("in北京 是2008年", "in 北 京 是 2008 年"),
+                       ("東京タワー。", "東 京 タ ワ ー"), ("น้ำ", "น ้ ำ"), ("서울은 수도", "서울은 수도"), ("?! …", ""),
+                       ("हिन्दी में।", "हिन्दी में")):
+        assert words(text) == want.split()
 
 def test_bm25_by_hand():
     """Lengths 1, 2, 2, 3, mean 2: 1.2 * (.25 + .75 * length / 2) = .75, 1.2, 1.2, 1.65; k1 + 1 = 2.2.
@@ -809,8 +714,7 @@ def test_bm25_by_hand():
     engine = BM25([{"contents": text} for text in ("Red!", "red fox", "blue fox", "red, red hen")])
     red, fox = math.log(10 / 7), math.log(2)
     short, twice = red * 2.2 / (1 + .75), red * 2 * 2.2 / (2 + 1.65)
-    stories = {"fox": [(1, fox), (2, fox)],                                # a tie: in corpus order
-               "RED": [(0, short), (3, twice), (1, red)],
+    stories = {"fox": [(1, fox), (2, fox)], "RED": [(0, short), (3, twice), (1, red)],  # ties: in corpus order
                "red fox": [(1, red + fox), (2, fox), (0, short), (3, twice)],
                "fox fox": [(1, 2 * fox), (2, 2 * fox)],                    # a repeated term counts each time
                "foxes owl": [], "?!": []}                                  # no hit without a shared term
@@ -840,7 +744,6 @@ def asked(**fields):
 GOOD = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
 BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff"}', b"", b"null",
              b"[" * 99999, b"version https://git-lfs")
-
 @pytest.mark.parametrize("name, content, why", [
     *[("c.jsonl", GOOD + bad + b"\n" + GOOD, ", line 3: ") for bad in BAD_LINES], ("c.jsonl", b"", ""),
     ("c.gz", BAD_LINES[-1], ""), ("c.gz", gzip.compress(GOOD)[:-9], ""), ("", None, ""), ("none", None, "")])
@@ -890,17 +793,15 @@ def test_a_set_without_questions(tmp_path, monkeypatch, sources, why, capsys):
 
 def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": name,
-             "reward_model": {"style": "rule", "ground_truth": {"target": [str(i)]}}}
-            for i, name in enumerate(("nq", "nq", "popqa"))]
+    rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": name, "reward_model": {
+        "style": "rule", "ground_truth": {"target": [str(i)]}}} for i, name in enumerate(("nq", "nq", "popqa"))]
     Dataset.from_list(rows).to_parquet("theirs.parquet")
     found = load_questions("theirs.parquet", "test")
     assert [(q["question"], q["golden_answers"], q["set"]) for q in found] == [
         ("Say 0", ["0"], "nq"), ("Say 1", ["1"], "nq"), ("Say 2", ["2"], "popqa")]
     assert found[2]["prompt"] == rows[2]["prompt"]
     calls, hub = [], Dataset.from_list([asked()])
-    monkeypatch.setattr(retriever, "load_dataset",
-                        lambda path, name, split: calls.append((path, name, split)) or hub)
+    monkeypatch.setattr(retriever, "load_dataset", lambda path, name, split: calls.append((path, name, split)) or hub)
     sets = load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
     assert calls == [("me/bench", "nq", "test[:9]"), ("me/bench", "hotpotqa", "dev"), ("me/one", None, "dev")]
     assert [q["set"] for q in sets] == ["nq", "hotpotqa", "one"]
@@ -908,8 +809,7 @@ def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatc
         load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")
 
 def test_what_the_corpus_promises():
-    """Questions of one split, a set for each number of hops; no fact of a test question is one of a training
-    question, where two neighbours on a path are a fact, and each fact stands in a passage."""
+    """No fact (two neighbours on a path) of a test question is one of a training question; each is in a passage."""
     facts = {}
     for part in ("train", "test"):
         found = load_questions(str(CORPUS), part)
@@ -941,8 +841,9 @@ def test_http_and_in_process_search_find_the_same(server):
         del hit["questions"], hit["score"]                                 # questions would tell the answers
     assert found == wanted
     status, reply = post(server, json.dumps({"queries": queries[:1]}))
-    assert status == 200 and json.loads(reply) == {"result": found[:1]}  # three, bare
-    assert server.server_address[0] == "127.0.0.1"
+    assert status == 200 and json.loads(reply) == {"result": found[:1]} and server.server_address[0] == "127.0.0.1"
+    with concurrent.futures.ThreadPoolExecutor(200) as pool:               # 200 connections at once
+        assert all(pool.map(lambda _: post(server, '{"queries": ["capital"]}')[0] == 200, range(200)))
 
 @pytest.mark.parametrize("body", ['{"queries": "capital"}', '{"queries": [1]}', '{"topk": 3}', "{", "[]", "\xff",
                                   '{"queries": ["a"], "topk": "3"}'])
@@ -950,11 +851,6 @@ def test_a_bad_request_gets_a_sentence(server, body):
     for headers in ({}, {"Transfer-Encoding": "x"}, {"Content-Length": "x"}):  # a length, none, no number
         status, reply = post(server, body, **headers)
         assert status == 400 and "Search-R1's protocol" in reply
-
-def test_200_connections_at_once(server):
-    with concurrent.futures.ThreadPoolExecutor(200) as pool:
-        replies = list(pool.map(lambda _: post(server, '{"queries": ["capital"]}')[0], range(200)))
-    assert replies == [200] * 200
 
 class Replies:
     """In place of urlopen: says a list of replies, or what a function makes of the queries. Never sleeps."""
@@ -998,12 +894,13 @@ def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
     with pytest.raises(OSError, match="503"):                              # gone for a while is gone
         HTTPRetriever("http://x:1/r").search(["a"], 3)
 
-def test_the_command_says_what_is_wrong(server, tmp_path):
+def test_the_command_says_what_is_wrong(server, tmp_path, monkeypatch, capsys):
     """A port that is taken. From another working directory: the default corpus is found all the same."""
+    monkeypatch.chdir(tmp_path)
     for flag, value in (("--corpus", "none.jsonl"), ("--port", str(server.server_port))):
-        command = [sys.executable, retriever.__file__, flag, value]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 2 and value in done.stderr and done.stderr.count("\n") == 1
+        monkeypatch.setattr(sys, "argv", ["retriever.py", flag, value])
+        with ends(capsys, value):
+            retriever.main()
 
 # --------------------------------------------------------------------------------------- the command line
 RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 --questions_per_step 4
@@ -1014,15 +911,13 @@ GONE = "the server is gone"
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
     "in a step": (llds, "update", 11, signal.SIGKILL, -9, 1),              # of lambda 0, step 3
     "in a save": (llds.dcp, "save", 2, signal.SIGKILL, -9, 4),             # of lambda 0.5, step 3
-    "server": (llds, "rollout", 8, GONE, 2, 3),                            # lambda 0, step 2
     "server in evaluation": (llds, "evaluate", 3, GONE, 2, 4)}             # of lambda 0.5, step 3
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy, and dies.
-    Half of all names are right answers: an agent fresh from a short warm start meets both rewards."""
+    """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy, and dies."""
     here, parent, calls, status = tmp_path_factory.mktemp("whole"), os.getpid(), Counter(), {}
-    right = sorted({name for q in QUESTIONS[:30] for name in q["path"]})[::2]
+    right = sorted({name for q in QUESTIONS[:30] for name in q["path"]})[::2]    # so both rewards are met
     rows = [q | {"golden_answers": right, "set": f"{q['hops']}hop"} for q in QUESTIONS[:30]]
     write(here / "q.jsonl", *rows)
     write(here / "small.jsonl", *PASSAGES[:10])
@@ -1094,18 +989,14 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
 
 BAD = {  # flags: what the sentence names
-    "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size",
-    "--hops 3": "--hops 3", "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate",
-    "--temperature 0": "--temperature", "--answer_weight 1.5": "--answer_weight",
-    "--answer_weight x": "--answer_weight", "--ask Who?": "--model", "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask",
-    "--prompt x": "--prompt", "--resume run --eval": "--eval",
-    "--resume run --llds_lambda 0 1": "no lambda_",
-    "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--corpus no.jsonl": "no.jsonl",
-    "--eval_data no.jsonl": "no.jsonl", "--model odd": "odd", "--model bare": "bare",
-    "--model window": "sliding_window", "--output_dir odd": "odd", "--output_dir file/x": "file",
-    "--resume odd": "flags.json", "--resume run": "no checkpoint", "--resume run --model bare": "--model",
-    "--resume run --ask Who?": "--ask"}
-
+    "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size", "--hops 3": "--hops 3",
+    "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temperature",
+    "--answer_weight 1.5": "--answer_weight", "--answer_weight x": "--answer_weight", "--ask Who?": "--model",
+    "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask", "--prompt x": "--prompt", "--model odd": "odd",
+    "--resume run --eval": "--eval", "--resume run --llds_lambda 0 1": "no lambda_", "--corpus no.jsonl": "no.jsonl",
+    "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--eval_data no.jsonl": "no.jsonl",
+    "--model bare": "bare", "--output_dir odd": "odd", "--output_dir file/x": "file", "--resume run": "no checkpoint",
+    "--resume odd": "flags.json", "--resume run --model bare": "--model", "--resume run --ask Who?": "--ask"}
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1113,11 +1004,6 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     write("odd/config.json", {})
     write("bare/config.json", {"model_type": "qwen2"})                     # no weights
     write("run/flags.json", {})
-    if "window" in flags:                                                  # the rollout would not know of it
-        model = built_in()[1]
-        model.config.use_sliding_window, model.config.sliding_window = True, 4
-        model.save_pretrained("window")
-        bpe().save_pretrained("window")
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
     with ends(capsys, BAD[flags]):
         llds.main(flags.split(" "))
@@ -1145,7 +1031,61 @@ def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
         assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 1], [3, 3]], [[1, 1]]]
     assert (tmp_path / "curves.png").stat().st_size and "1.000 ->   3.000  ▁█" in capsys.readouterr().out
 
-# ------------------------------------------------------------- python test_llds.py bench [--model PATH]
+# ------------------------------------------------------------------------------------- several processes
+KINDS = (dict(beta=0.1), dict(tied=True, freeze_embeddings=True), dict(tied=True, cpu_offload=True))
+KIND = dict(group_size=3, micro_batch_tokens=1, greedy=True)               # 21 rows: some rank gets none at times
+SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 3 --group_size 2 --mini_batches 2
+    --max_new_tokens 9 --max_feedback_tokens 40 --hops 2 --gradient_checkpointing --beta 0.01""".split()
+
+def worker(task, folder):
+    """What each process does: a step of every kind, or a run in which rank 1 dies."""
+    if task == "dies":
+        llds.update = lambda *_, real=llds.update: os._exit(3) if llds.RANK == 1 else real(*_)
+        llds.main([*SHORT, "--output_dir", folder])
+    shard, llds.shard = llds.shard, lambda model, cfg: model               # stepped() shall do it, not agent()
+    llds.start_processes(llds.Config())
+    runs = [stepped(shard=shard, **KIND, **kind) for kind in KINDS]
+    if llds.RANK == 0:
+        torch.save([(run.metrics, run.weights, run.episodes) for run in runs], Path(folder, "runs"))
+    torch.distributed.destroy_process_group()
+
+@pytest.fixture(scope="session", autouse=True)
+def launched(tmp_path_factory):
+    """A folder, and work that goes on there, beside the other tests, by Gloo on two processes or one."""
+    folder, pool = tmp_path_factory.mktemp("launched"), concurrent.futures.ThreadPoolExecutor(1)
+    def launch(processes, *command):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return subprocess.run([*torchrun, *command], capture_output=True, text=True, timeout=300)
+    on = [llds.__file__, "--resume", folder / "out", "--steps"]
+    works = [(2, __file__, "worker", "all", folder), (2, llds.__file__, *SHORT, "--output_dir", folder / "out"),
+             (1, *on, "3"), (2, *on, "4", "--cpu_offload"), (2, __file__, "worker", "dies", folder / "dies")]
+    yield folder, [pool.submit(launch, *work) for work in works]
+    pool.shutdown(cancel_futures=True)
+
+def test_two_processes_make_what_one_makes(launched):
+    """Greedy rollouts of seven groups, then four updates: untied head, tied and frozen, tied and offloaded."""
+    folder, (work, *_) = launched
+    assert work.result().returncode == 0, work.result().stderr
+    for (metrics, weights, episodes), kind in zip(torch.load(folder / "runs", weights_only=False), KINDS):
+        want = stepped(**KIND, **kind)
+        assert episodes == want.episodes and want.metrics["llds"] > 0
+        assert metrics == {name: x and pytest.approx(x, 1e-3, 1e-4) for name, x in want.metrics.items()}
+        torch.testing.assert_close(weights, want.weights, rtol=1e-4, atol=1e-5)
+
+def test_a_run_goes_from_two_processes_to_one_and_back(launched, capsys):
+    """Its model is an ordinary one. If a rank dies, all end."""
+    folder, (_, *runs, dies) = launched
+    for run in runs:
+        assert run.result().returncode == 0 and run.result().stdout.count("\nlambda 0.1: ") == 1, run.result()
+    assert re.findall(r'"step": (\d+)', (folder / "out/metrics.jsonl").read_text()) == ["1", "2", "3", "4"]
+    llds.main(["--model", str(folder / "out"), "--ask", "What is the capital of France?"])
+    torch.distributed.destroy_process_group()                              # of one: --cpu_offload is kept
+    assert "What is the capital of France?" in capsys.readouterr().out and dies.result().returncode != 0
+    (folder / "out/checkpoint-4/.metadata").write_text("damaged")
+    with ends(capsys, "checkpoint-4"):
+        llds.main(["--resume", str(folder / "out"), "--steps", "5", "--cpu_offload", "false"])
+
+# ----------------------------------------------------------------------------- python test_llds.py bench
 def clock():
     """Seconds: of the wall with a GPU, else those this process worked, whatever else the machine runs."""
     return (torch.cuda.synchronize() or time.perf_counter()) if llds.GPU else time.process_time()
@@ -1185,9 +1125,8 @@ def naive(model, env, questions, group_size, temperature):
                     live[r].action_id.append(live[r].turn)
                     ended[r] = env.complete(live[r])
             return torch.tensor(ended, device=ids.device)
-        model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(), stopping_criteria=[stop],
-                       do_sample=temperature > 0, top_k=0, max_new_tokens=env.cfg.max_new_tokens,
-                       pad_token_id=0, eos_token_id=-1)
+        model.generate(ids.clamp(min=0), attention_mask=(ids >= 0).long(), stopping_criteria=[stop], eos_token_id=-1,
+                       pad_token_id=0, do_sample=temperature > 0, top_k=0, max_new_tokens=env.cfg.max_new_tokens)
         env.respond(live)
     return episodes
 
@@ -1219,10 +1158,9 @@ def trl(model, env, questions, rounds=2):
                 "completion_ids": [e.ids[e.action_id.index(1):] for e in episodes],
                 "env_mask": [[int(k > 0) for k in e.action_id[e.action_id.index(1):]] for e in episodes]}
     with tempfile.TemporaryDirectory() as out, redirect_stdout(None):
-        args = GRPOConfig(
-            output_dir=out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8, bf16=False,
-            per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not llds.GPU,
-            gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no")
+        args = GRPOConfig(out, max_steps=4 * rounds, steps_per_generation=4, num_generations=8, bf16=False,
+                          per_device_train_batch_size=2 * len(questions), learning_rate=1e-5, use_cpu=not llds.GPU,
+                          gradient_checkpointing=False, report_to="none", logging_strategy="no", save_strategy="no")
         data = Dataset.from_list([{"prompt": q["question"]} for q in questions])
         GRPOTrainer(copy.deepcopy(model), lambda prompts, **_: [int(i % 3 == 0) for i in range(len(prompts))],
                     args, data, processing_class=env.tok, rollout_func=played).train()
@@ -1271,7 +1209,6 @@ def bench_logps():
     least = peak(int)
     race("extra peak memory", " MiB", 1, {"token_logps": lambda: peak(ours) - least,
                                           "full logits": lambda: peak(full) - least})
-    race("time", " s", 1, {"token_logps": ours, "full logits": full})
 
 def bench_search():
     """100,000 passages of 60 words, 100 queries of 8 words; in bm25s the same words, k1, b and idf."""
@@ -1289,11 +1226,11 @@ def bench_search():
     race("BM25: search", " s", 3, search)
 
 def qwen2(vocabulary, hidden, layers):
-    return Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=768)).to(llds.DEVICE).eval()
+    sizes = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=768)
+    config = Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, **sizes)
+    return Qwen2ForCausalLM(config).to(llds.DEVICE).eval()
 
-def bench(path):
+def bench():
     torch.manual_seed(0)
     logging.disable()
     warnings.simplefilter("ignore")                                        # TRL's
@@ -1302,8 +1239,6 @@ def bench(path):
     tok, agent = llds.load_model(llds.Config(), PASSAGES, QUESTIONS)
     bench_model("built-in agent", tok, agent)
     bench_model("4 layers, hidden 256", tok, qwen2(len(tok), 256, 4))
-    if path:
-        bench_model(path, *llds.load_model(llds.Config(model=path), [], []))
     print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936; BM25")
     bench_logps()
     bench_search()
@@ -1312,4 +1247,4 @@ if __name__ == "__main__":
     if "worker" in sys.argv:
         worker(*sys.argv[2:])
     else:
-        bench(sys.argv[3] if "--model" in sys.argv else None)
+        bench()
