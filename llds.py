@@ -613,6 +613,7 @@ def train(learner, noisy_env, env, questions, held_out, out, cfg):
         learner.model.save_pretrained(out, state_dict=weights)
         env.tok.save_pretrained(out)
 
+STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 def log_step(out, history):
     """Writes metrics.jsonl, and prints the last step."""
     row = history[-1]
@@ -625,7 +626,8 @@ def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
     older, unfinished = list(out.glob("checkpoint-*[0-9]")), out / "unfinished"
     weights, moments = states.get_state_dict(learner.model, learner.optimizer)
-    dcp.save({"weights": weights, "moments": moments}, checkpoint_id=unfinished, no_dist=WORLD == 1)
+    writer = dcp.FileSystemWriter(unfinished, thread_count=2)
+    dcp.save({"weights": weights, "moments": moments}, storage_writer=writer, no_dist=WORLD == 1)
     write(unfinished / "rest.json", {"scheduler": learner.scheduler.state_dict(), "history": learner.history})
     if RANK == 0:
         unfinished.rename(out / f"checkpoint-{len(learner.history)}")
@@ -645,9 +647,6 @@ def load_checkpoint(out, learner):
             del rest["scheduler"]["base_lrs"]  # --learning_rate may be another now
             learner.scheduler.load_state_dict(rest["scheduler"])
             learner.history = rest["history"]
-
-CURVES = "eval_em reward logp_correct displaced entropy grad_norm".split()
-STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
 
 def show(env, e, with_prompt=False):
     """An episode by its loss mask: trained is bright, the answer green or red, the rest dim or in [[ ]]."""
@@ -670,6 +669,7 @@ def sparkline(values):
     low, high = min(values), max(values)
     return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
 
+CURVES = "eval_em reward logp_correct displaced entropy grad_norm".split()
 def report(runs, plot):
     """Prints each run's curves, and draws them into the file `plot`, if any. runs: {name: history}."""
     if plot:
