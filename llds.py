@@ -7,9 +7,9 @@
 GRPO samples a group of responses to each question, makes the tokens of better ones likelier and those of
 worse ones less likely. Right responses close to a wrong one, down to the same search, are dragged along and
 lose likelihood: lazy likelihood displacement. The model grows unsure; the less likely a wrong response, the
-larger its gradient; the run collapses. LLDS adds lambda times what responses no worse than the group have
-lost since they were sampled, max(0, old_logp - logp): 0 in a step's first update. arXiv 2512.04220, v1, v2.
-Shapes: N responses, T tokens (right-padded), M action tokens, D hidden units, V words."""
+larger its gradient; the run collapses. LLDS adds lambda * max(0, old_logp - logp) on the tokens of responses
+no worse than their group that have, as a whole, lost likelihood since they were sampled: 0 in a step's first
+update. Paper: arXiv 2512.04220. N responses, T tokens, M of them in actions, D hidden units, V words."""
 import copy, inspect, json, math, os, random, re, shutil, sys, time, warnings
 from collections import Counter
 from dataclasses import dataclass, field, fields
@@ -33,7 +33,7 @@ from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, ErringRetriever, H
                        clean, exact_match, information, lessons, load_corpus, load_questions, supplied,
                        tiny_agent)  # check, supplied: a user's mistake ends the program in one sentence
 
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # so it is, in a single process
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp says so in a single process
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 DTYPE = "bfloat16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -41,7 +41,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 # ----------------------------------------------------------------------------------------------- settings
 @dataclass
 class Config:
-    """Every flag. These defaults suit the built-in agent, those of REAL_MODEL a real model."""
+    """Every flag, with its help. These defaults suit the built-in agent, those of REAL_MODEL a real model."""
     model: str = "tiny"  # 'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x
     corpus: str = ""  # passages to search, jsonl[.gz]; default: tiny_corpus.jsonl beside this file
     retriever_url: str = ""  # search there instead, in Search-R1's protocol: http://HOST:8000/retrieve
@@ -63,19 +63,19 @@ class Config:
     num_iterations: int = 1  # times that a step's rollouts are used for updates, as in TRL
     learning_rate: float = 5e-4  # of AdamW, constant after the warm-up
     warmup_ratio: float = 0.1  # share of the updates in which the learning rate rises from 0
-    clip: float = 0.2  # how far a token's likelihood ratio may move before its gradient stops
+    clip: float = 0.2  # how far a token's likelihood ratio, new to old, may move before its gradient stops
     beta: float = 0.0  # weight of the KL to the initial model, as in TRL
     freeze_embeddings: bool = False  # GRPO leaves the embeddings, and a head tied to them, as they are
     temperature: float = 1.0  # of sampling and of all log-probabilities; evaluation is greedy
-    llds_lambda: list[float] = field(default_factory=[0.1].copy)  # of the penalty; several: a run for each
-    llds_gate: Literal["token", "response", "action"] = "response"  # what must have lost likelihood
+    llds_lambda: list[float] = field(default_factory=lambda: [0.1])  # weight of LLDS; several: a run for each
+    llds_gate: Literal["token", "response", "action"] = "response"  # what must have lost likelihood to pay
     answer_weight: str = "1"  # of the answer's tokens in the penalty (v2 eq. 5): 0 to 1, or 'adaptive'
     early_answers: float = 0.6  # share of scripted two-hop episodes that answer after one search
     warm_steps: int = 800  # supervised steps on scripted, imperfect episodes before GRPO
     warm_learning_rate: float = 4e-3  # of these steps, falling to 0
     rollout_batch: int = 256  # rollouts that share the KV cache at a time
     micro_batch_tokens: int = 2048  # padded tokens in one forward and backward pass
-    dtype: Literal["float32", "bfloat16"] = DTYPE  # of matrix products; weights are always float32
+    dtype: Literal["float32", "bfloat16"] = DTYPE  # of matrix products; AdamW's weights are float32
     gradient_checkpointing: bool = GPU  # keep the layers' inputs, compute the rest again
     cpu_offload: bool = False  # weights, gradients and moments in the CPU's memory: 7B on one card
     save_steps: int = 10  # steps between two checkpoints
@@ -193,7 +193,7 @@ class Environment:
                 self.append(e, self.encode(CORRECTION)[:self.cfg.max_feedback_tokens])
         found = self.retriever.search(queries, self.cfg.top_k)  # all in one request
         head, tail = self.encode(OPEN), self.encode(CLOSE)
-        room = self.cfg.max_feedback_tokens - len(head) - len(tail)  # 32 are enough for both
+        room = self.cfg.max_feedback_tokens - len(head) - len(tail)  # at least 32, see LEAST: room for both
         for e, passages in zip(searching, found):
             text = self.encode(clean(information(passages), self.special))
             self.append(e, head + text[:room] + tail)
@@ -213,7 +213,7 @@ class Environment:
 # part of every layer's weights, gradients and moments; FSDP2 gathers a layer's weights, in cfg.dtype, where
 # they are used. With --cpu_offload the parts are in the CPU's memory, also if there is but one process.
 def start_processes(cfg):
-    """Joins the other processes, or makes a group of one for --cpu_offload. Only rank 0 prints."""
+    """Joins the other processes, or makes a group of one for --cpu_offload. Only rank 0 prints to stdout."""
     if WORLD > 1 or cfg.cpu_offload:
         backend, store = "cpu:gloo,cuda:nccl" if GPU else "gloo", None if WORLD > 1 else dist.HashStore()
         dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
@@ -235,13 +235,13 @@ def write(path, content):
         path.write_text(json.dumps(content, indent=1) + "\n")
 
 def shard(model, cfg):
-    """FSDP2. Gathered weights stay until the backward pass: in a rollout no process waits for another."""
+    """FSDP2. A rollout's first pass gathers all weights, which stay until a backward pass: nobody waits."""
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else OffloadPolicy()
     for part in [*model.base_model.layers, model]:
         fully_shard(part, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    # The weights of embedding and head are gathered when `model` is called. We call its body and then its
-    # head: so let model() be a call of its body, and model.base_model be the model itself.
+    # FSDP2 gathers the weights of embedding and head when `model` is called. We call its body, then its head:
+    # so let model() be a call of its body. base_model is getattr(model, prefix, model): now the model itself.
     model.forward, model.base_model_prefix = model.base_model.forward, ""
     return model
 
@@ -264,8 +264,8 @@ class SlotCache(Cache):
         self.rows, self.cells, self.buffers = rows, cells, {}
 
     def begin_pass(self, rows, position, used):
-        """Before a pass that feeds rows, a list, at position (rows, width), below used. Returns its mask."""
-        self.target, self.used = (torch.tensor(rows, device=DEVICE)[:, None], position), used  # [row, cell]
+        """Before a pass in which rows[i] writes cells position[i] and sees those below `used`. Its mask."""
+        self.used, self.target = used, (torch.tensor(rows, device=DEVICE)[:, None], position)  # row, cell
         self.source = slice(len(rows)) if rows == [*range(len(rows))] else rows  # a slice needs no copy
         return torch.arange(used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
 
@@ -302,7 +302,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     model.eval()  # in train mode checkpointed layers would drop the cache
     torch.set_autocast_cache_enabled(True)  # weights that learn are cast once, not once a token
     cfg = env.cfg
-    mine = questions[RANK::WORLD] or questions[:1]  # of this rank; without a share too: it gathers weights
+    mine = questions[RANK::WORLD] or questions[:1]  # all ranks must play: the first pass gathers together
     episodes = [env.reset(question) for question in mine for _ in range(group_size)]
     prompt = max(len(e.ids) for e in episodes)
     longest = prompt + (cfg.max_turns + 1) * cfg.max_new_tokens + cfg.max_turns * cfg.max_feedback_tokens
@@ -314,7 +314,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
         live, queue = live + queue[:rows - len(live)], queue[rows - len(live):]
         unread = {r: e for r, e in enumerate(live) if len(e.ids) - e.read > 1}
         if unread:
-            feed(model, cache, unread)
+            feed(model, cache, unread)  # step 2 feeds the last token again, with all rows, and samples
         # 2. A token for every row that does not wait.
         logits = feed(model, cache, dict(enumerate(live)))                              # (rows, V)
         if temperature > 0:
@@ -327,7 +327,8 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
                 e.action_id.append(e.turn)
                 if env.complete(e):
                     waiting.append(r)
-        # 3. An eighth of the rows wait: run their actions. The last row takes the place of one that is done.
+        # 3. An eighth of the rows wait (fewer: more passes; more: idle rows): run their actions. The last row
+        # takes the place of one that is done.
         if 8 * len(waiting) >= len(live):
             env.respond([live[r] for r in waiting])
             for r in sorted(waiting, reverse=True):  # from the end: no row after r is done any more
@@ -377,7 +378,6 @@ def kl_penalty(logp, ref_logp, mask, denom=None):
     """KL to the initial model, token mean, by the estimate k3 = exp(r) - r - 1, r = ref_logp - logp."""
     r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)           # (N, T)
     return masked_mean(r.exp() - r - 1, mask, denom)
-
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
                  denom=None):
     """What good responses have lost in likelihood since they were sampled (v1; v2 eq. 4, 5, 9, 10): the mean
@@ -486,7 +486,7 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
     # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
     lengths = batch.action_tokens[members]                                              # (rows,)
     action_tokens, preserved_tokens = lengths.sum(), lengths[batch.advantages[members] >= 0].sum()
-    total, sums = Counter(), Counter()
+    own, total = Counter(), Counter()  # of this process, of all; a Counter's update() adds
     for rows, action_id in shares(mini_batch, batch.action_id):
         advantages, old_logp = batch.advantages[rows], batch.old_logp[rows]
         logp, _ = token_logps(learner.model, batch.ids[rows], action_id, cfg.temperature)
@@ -498,18 +498,18 @@ def update(learner, batch, mini_batch, answer_weight, cfg):
             info["kl"] = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
             loss = loss + cfg.beta * info["kl"]
         (loss * WORLD).backward()  # FSDP2 takes the mean over the processes
-        total.update({name: x.item() for name, x in {"llds": llds, **info, **counts}.items()})
-    for part in everyone(total):
-        sums.update(part)
-    return {"grad_norm": optimizer_step(learner), "llds": sums["llds"], "kl": sums["kl"],
-            "clip_frac": sums["clipped"] / action_tokens.item(),
-            "llds_gate_frac": sums["open_units"] / max(1, sums["units"])}
+        own.update({name: x.item() for name, x in {"llds": llds, **info, **counts}.items()})
+    for part in everyone(own):
+        total.update(part)
+    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total["kl"],
+            "clip_frac": total["clipped"] / action_tokens.item(),
+            "llds_gate_frac": total["open_units"] / max(1, total["units"])}
 
 def train_step(learner, episodes, cfg):
     """A step after its rollouts: advantages, old log-probabilities, updates. Returns (metrics, batch)."""
     model, batch = learner.model, collate(episodes, cfg.group_size)
     mini_batches = everyone([*split(episodes, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)])[0]
-    micro_batches = sum(mini_batches, ())
+    micro_batches = sum(mini_batches, ())  # of rank 0, see above: each rank would shuffle otherwise
     batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
     if cfg.beta:  # no second model for the reference: ours takes the initial weights for a moment
         now = copy.deepcopy(model.state_dict())  # there is room for it as long as there are no gradients
@@ -579,7 +579,7 @@ def evaluate(model, env, questions):
 # --------------------------------------------------------------------------------------------------- train
 def start_run(model, start, llds_lambda, cfg):
     """A learner: what training changes and a checkpoint keeps. start: initial weights, if not these."""
-    model.load_state_dict(start or model.state_dict())
+    model.load_state_dict(start or model.state_dict())  # its own: no change
     optimizer = adamw(model, cfg.learning_rate, cfg)
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.num_iterations * cfg.mini_batches)
@@ -626,7 +626,7 @@ def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
     older, unfinished = list(out.glob("checkpoint-*[0-9]")), out / "unfinished"
     weights, moments = states.get_state_dict(learner.model, learner.optimizer)
-    writer = dcp.FileSystemWriter(unfinished, thread_count=2)
+    writer = dcp.FileSystemWriter(unfinished, thread_count=2)  # two files at a time
     dcp.save({"weights": weights, "moments": moments}, storage_writer=writer, no_dist=WORLD == 1)
     write(unfinished / "rest.json", {"scheduler": learner.scheduler.state_dict(), "history": learner.history})
     if RANK == 0:
@@ -640,18 +640,18 @@ def load_checkpoint(out, learner):
     for folder in complete[-1:]:
         with supplied(folder, (Exception, dcp.CheckpointException)):
             model, optimizer = learner.model, learner.optimizer
-            weights, moments = states.get_state_dict(model, optimizer)
+            weights, moments = states.get_state_dict(model, optimizer)  # of the right shapes, to be filled
             dcp.load({"weights": weights, "moments": moments}, checkpoint_id=folder, no_dist=WORLD == 1)
             states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
             rest = json.loads((folder / "rest.json").read_text())
-            del rest["scheduler"]["base_lrs"]  # --learning_rate may be another now
+            del rest["scheduler"]["base_lrs"]  # another --learning_rate holds from the second update on
             learner.scheduler.load_state_dict(rest["scheduler"])
             learner.history = rest["history"]
 
 def show(env, e, with_prompt=False):
     """An episode by its loss mask: trained is bright, the answer green or red, the rest dim or in [[ ]]."""
     colours = [1 if k else 2 for k in e.action_id]  # the terminal's codes: 1 bright, 2 dim, 31 red, 32 green
-    if e.answer_start is not None:
+    if e.answer_start is not None and e.question["golden_answers"]:
         colours[e.answer_start:] = [32 if e.reward else 31] * (len(e.ids) - e.answer_start)
     print("\n" + e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
     shown = range(0 if with_prompt else e.action_id.index(1), len(e.ids))
@@ -736,7 +736,7 @@ def fitting(env, questions):
     hops, room = env.cfg.hops, env.max_length
     some = [q for q in questions if hops in (0, q.get("hops", hops)) and len(env.reset(q).ids) < room]
     check(some or not questions, f"no question has --hops {hops} and fits into the model's context")
-    print(len(some), "of", len(questions), "questions have --hops hops and fit into the model's context")
+    print(len(some), "of", len(questions), f"questions fit into the model's context (--hops {hops})")
     return some
 
 @supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
@@ -745,7 +745,7 @@ def main(argv=None):
     cfg = parse_config(argv)
     start_processes(cfg)
     set_seed(cfg.seed)
-    torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # a bfloat16 weight would swallow updates
+    torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # not the weights: they would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # a kept cast is stale after an update; only rollout() keeps any
     corpus = cfg.corpus or str(Path(__file__).with_name("tiny_corpus.jsonl"))
@@ -753,7 +753,7 @@ def main(argv=None):
     questions = [] if cfg.ask or cfg.eval else load_questions(cfg.train_data or corpus, "train")
     asked = [{"question": cfg.ask, "golden_answers": []}]
     held_out = asked if cfg.ask else load_questions(cfg.eval_data or corpus, "test")
-    everything = questions + held_out  # for the warm start, whose worlds have the names swapped
+    everything = questions + held_out  # known to the tokenizer; the warm start swaps the names in them
     tok, model = load_model(cfg, passages, everything)
     retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
     env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
@@ -773,7 +773,7 @@ def main(argv=None):
             out.mkdir(parents=True, exist_ok=bool(cfg.resume))  # a new folder is claimed before all computing
     flags = vars(cfg) | {"output_dir": "", "resume": ""}
     write(out / "flags.json", flags)
-    warm_start(model, env, passages, everything, cfg)  # with --resume too: the start of further lambdas
+    warm_start(model, env, passages, everything, cfg)  # with --resume too: no checkpoint keeps these weights
     if not cfg.resume:
         scores = evaluate(model, env, held_out)
         print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
