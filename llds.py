@@ -119,7 +119,7 @@ def parse_config(argv=None):
     check(share or cfg.answer_weight == "adaptive", "--answer_weight must be from 0 to 1, or 'adaptive'")
     check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
     check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
-    check(cfg.ask is None or cfg.model != "tiny", "--ask needs a trained --model")
+    check(cfg.ask is None or cfg.ask.strip() and cfg.model != "tiny", "--ask: question and trained --model")
     check("{question}" in cfg.prompt, "--prompt must contain {question}")
     if any(cfg.llds_lambda) and cfg.mini_batches * cfg.num_iterations == 1:
         print("WARNING: with one update a step (--mini_batches, --num_iterations) LLDS is 0", file=sys.stderr)
@@ -220,7 +220,7 @@ def start_processes(cfg):
     if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if RANK > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
 
 def everyone(x):
     """[x of rank 0, x of rank 1, ...], on every rank."""
@@ -229,8 +229,7 @@ def everyone(x):
         dist.all_gather_object(parts, x)
     return parts
 
-def write(path, content):
-    """Rank 0 writes content, as JSON, to a file."""
+def write(path, content):  # as JSON
     if RANK == 0:
         path.write_text(json.dumps(content, indent=1) + "\n")
 
@@ -238,8 +237,9 @@ def shard(model, cfg):
     """FSDP2. A rollout's first pass gathers all weights, which stay until a backward pass: nobody waits."""
     policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     offload = CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else OffloadPolicy()
+    mesh = dist.init_device_mesh(DEVICE, (WORLD,))
     for part in [*model.base_model.layers, model]:
-        fully_shard(part, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
+        fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
     # FSDP2 gathers the weights of embedding and head when `model` is called. We call its body, then its head:
     # so let model() be a call of its body. base_model is getattr(model, prefix, model): now the model itself.
     model.forward, model.base_model_prefix = model.base_model.forward, ""
@@ -327,8 +327,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
                 e.action_id.append(e.turn)
                 if env.complete(e):
                     waiting.append(r)
-        # 3. An eighth of the rows wait (fewer: more passes; more: idle rows): run their actions. The last row
-        # takes the place of one that is done.
+        # 3. An eighth of the rows wait: run their actions. The last row takes the place of one that is done.
         if 8 * len(waiting) >= len(live):
             env.respond([live[r] for r in waiting])
             for r in sorted(waiting, reverse=True):  # from the end: no row after r is done any more
@@ -404,7 +403,7 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     if gate not in units:
         raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
     if not 0 <= answer_weight <= 1:
-        raise ValueError(f"answer_weight must be in [0, 1], not {answer_weight}")
+        raise ValueError("answer_weight must be in [0, 1]")
     preserved = (action_id > 0) & (advantages.view(len(logp), 1) >= 0)                  # (N, T)
     lost = (old_logp.detach() - logp).masked_fill(~preserved, 0)                        # (N, T)
     unit = units[gate]
@@ -532,9 +531,8 @@ def train_step(learner, episodes, cfg):
     return metrics, batch
 
 def mean(values):
-    """None, in JSON null, if there are no values, or one that is not finite."""
     value = torch.as_tensor(values, dtype=torch.float64).mean().item()
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # in JSON null: no values, or one that is not finite
 
 def rollout_metrics(episodes, batch, cfg):
     """What a step's rollouts were like: {name: number}."""
@@ -626,7 +624,7 @@ def save_checkpoint(out, learner):
     """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
     older, unfinished = list(out.glob("checkpoint-*[0-9]")), out / "unfinished"
     weights, moments = states.get_state_dict(learner.model, learner.optimizer)
-    writer = dcp.FileSystemWriter(unfinished, thread_count=2)  # two files at a time
+    writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)  # in turn, without CUDA streams
     dcp.save({"weights": weights, "moments": moments}, storage_writer=writer, no_dist=WORLD == 1)
     write(unfinished / "rest.json", {"scheduler": learner.scheduler.state_dict(), "history": learner.history})
     if RANK == 0:
@@ -708,8 +706,9 @@ def load_model(cfg, passages, questions):
 @torch.no_grad()
 def check_model(model, tok):
     """Refuses a model whose own forward gives other logits in training, or would do so in a longer text."""
-    kinds = {vars(model.config).get("sliding_window"), *(vars(model.config).get("layer_types") or [])}
+    kinds = {vars(model.config).get("sliding_window") or None, *(vars(model.config).get("layer_types") or [])}
     check(kinds <= {None, "full_attention"}, f"--model: sliding_window or layer_types {kinds}: not supported")
+    check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
     ids = tok.encode(PROMPT)
     ours = feed(model.eval(), SlotCache(1, len(ids)), {0: SimpleNamespace(ids=ids, read=0)})        # (1, V)
     theirs = type(model).forward(model.train(), torch.tensor([ids], device=DEVICE)).logits[:, -1].float()
@@ -736,15 +735,15 @@ def fitting(env, questions):
     hops, room = env.cfg.hops, env.max_length
     some = [q for q in questions if hops in (0, q.get("hops", hops)) and len(env.reset(q).ids) < room]
     check(some or not questions, f"no question has --hops {hops} and fits into the model's context")
-    print(len(some), "of", len(questions), f"questions fit into the model's context (--hops {hops})")
+    print(len(some), "of", len(questions), "questions fit --hops and the model's context")
     return some
 
 @supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
-@supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt))
+@supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt, dcp.CheckpointException))
 def main(argv=None):
     cfg = parse_config(argv)
     start_processes(cfg)
-    set_seed(cfg.seed)
+    set_seed(cfg.seed % 2 ** 32)
     torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # not the weights: they would swallow updates
     torch.set_autocast_dtype(DEVICE, torch.bfloat16)
     torch.set_autocast_cache_enabled(False)  # a kept cast is stale after an update; only rollout() keeps any
@@ -796,4 +795,5 @@ if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # a terminal without the curves' characters is no reason to stop
     main()
     if dist.is_initialized():
-        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(0)  # at once: in an ordinary exit Gloo's threads abort one process in ten or so
