@@ -115,12 +115,14 @@ def test_policy_loss_and_kl_by_hand():
 def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
     b, square = story(), torch.ones(4, 7)              # advantages (N, T) would become (N, N, T)
     near(llds.llds_penalty(b.logp, b.other, b.adv, b.ids)[0], .3)
-    for wrong in ({"gate": "turn"}, {"answer_weight": 1.01}, {"answer_weight": -.01}, {"advantages": square},
-                  {"advantages": b.adv[:1]}, {"answer_mask": None, "answer_weight": .5}):
-        options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer) | wrong
-        with pytest.raises((ValueError, RuntimeError, AttributeError)):
+    for name, value, error, why in (
+            ("gate", "turn", ValueError, "gate"), ("answer_weight", 1.01, ValueError, "answer_weight"),
+            ("answer_weight", -.01, ValueError, "answer_weight"), ("advantages", square, RuntimeError, "shape"),
+            ("advantages", b.adv[:1], RuntimeError, "shape"), ("answer_mask", None, AttributeError, "None")):
+        options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer, answer_weight=.5) | {name: value}
+        with pytest.raises(error, match=why):
             llds.llds_penalty(b.logp, b.other, **options)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="shape"):
         llds.policy_loss(b.logp, b.other, square, b.mask)
 
 def places(b):
@@ -1244,7 +1246,4 @@ def bench():
     bench_search()
 
 if __name__ == "__main__":
-    if "worker" in sys.argv:
-        worker(*sys.argv[2:])
-    else:
-        bench()
+    worker(*sys.argv[2:]) if "worker" in sys.argv else bench()
