@@ -1,190 +1,300 @@
 # SPDX-License-Identifier: MIT
-"""GRPO for an LLM that learns to use a search engine, and LLDS, the penalty that keeps it from collapsing.
-
-    python llds.py                                       a tiny built-in agent, offline, on a laptop's CPU
+"""GRPO for a language model that learns to use a search engine, and LLDS, which keeps it alive.
+    python llds.py                                       a tiny built-in agent, offline, on a CPU
     python llds.py --model Qwen/Qwen2.5-0.5B-Instruct    the same code with a real model, on one GPU
-
-GRPO samples a group of responses to each question, makes the tokens of better ones likelier and those of
-worse ones less likely. Right responses close to a wrong one, down to the same search, are dragged along and
-lose likelihood: lazy likelihood displacement. The model grows unsure; the less likely a wrong response, the
-larger its gradient; the run collapses. LLDS adds lambda * max(0, old_logp - logp) on the tokens of responses
-no worse than their group that have, as a whole, lost likelihood since they were sampled: 0 in a step's first
-update. Paper: arXiv 2512.04220. N responses, T tokens, M of them in actions, D hidden units, V words."""
-import copy, inspect, json, math, os, random, re, shutil, sys, time, warnings
-from collections import Counter
-from dataclasses import dataclass, field, fields
-from importlib.util import find_spec
-from itertools import groupby
+The game. The model gets a question and writes an *action*, token by token. If that ends in
+<search> a query </search>, the program searches, appends the passages as *feedback*, and the model
+goes on with its next action. If it ends in <answer> an answer </answer>, the *episode* is over: its
+reward is 1 for a right answer, else 0. An action with its feedback is a *turn*. All actions of an
+episode are its *response*. Only they are trained; action_id says which token belongs to which:
+    tokens       prompt       action 1       feedback       action 2
+    action_id    0 0 0 0      1 1 1 1 1      0 0 0 0 0      2 2 2 2          0: not trained
+GRPO. Several episodes of one question are a *group*. A response's advantage A says how much better
+than its group it did; each of its tokens gets that A. A *step* plays new episodes (the *rollout*)
+and makes several *updates* with them, each on a *mini-batch* of whole groups:
+    episodes = rollout(model, questions)
+    old_logp = log-probabilities of the tokens in actions, under the weights that sampled them
+    num_iterations times, for each mini-batch:
+        logp = the same log-probabilities under the present weights
+        loss = policy_loss(logp, old_logp, A) + lambda * llds_penalty(logp, old_logp, A)
+        loss.backward(); optimizer.step()
+The trouble. GRPO makes the tokens of wrong responses (A < 0) less likely. These often share much
+with right ones, such as the first search. The same weights in nearly the same hidden states give
+both their likelihood, so pushing one down also pushes down the other. Right responses lose
+likelihood although the loss asks for more: lazy likelihood displacement. What has become unlikely
+is displaced more easily. The reward stalls, falls, and can end at 0: the collapse.
+The cure. LLDS penalises max(0, old_logp - logp), what a token has lost since it was sampled, in
+responses no worse than their group (A >= 0), while the response as a whole has lost likelihood;
+this condition is the *gate*. At a step's first update nothing has changed, and the penalty is 0.
+Paper: arXiv 2512.04220; v1 and v2 are its versions. Shapes: N responses, T tokens in the longest,
+M tokens in all actions, D numbers in a hidden state, V words known."""
+import copy, itertools, json, math, os, random, re, sys, time
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
-
-import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import state_dict as states  # of models and optimizers, sharded or not
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+import torch, torch.distributed as dist
+from torch.distributed import fsdp
+from torch.distributed.checkpoint import state_dict as states
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, Cache, HfArgumentParser, PreTrainedTokenizerFast,
-                          get_scheduler, set_seed)
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, ErringRetriever, HTTPRetriever, between, check,
-                       clean, exact_match, information, lessons, load_corpus, load_questions, supplied,
-                       tiny_agent)  # check, supplied: a user's mistake ends the program in one sentence
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # dcp says so in a single process
-GPU = torch.cuda.is_available()
-DEVICE = "cuda" if GPU else "cpu"
+from transformers import (AutoConfig, AutoModelForCausalLM, Cache, HfArgumentParser,
+                          PreTrainedTokenizerFast, set_seed)
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, TAG, ErringRetriever, HTTPRetriever,
+                       check_lessons, clean, exact_match, format_passages, keep_fitting, lessons,
+                       load_corpus, load_questions, text_in_tag, tiny_agent)
+from retriever import blame, check, stop  # each ends the program with one sentence
+GPU, DEVICE = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # of torchrun's processes
-# ----------------------------------------------------------------------------------------------- settings
+RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
+# ------------------------------------------- losses: they need torch alone; copy from here ...
+def group_advantages(rewards, group_size):
+    """How much better than its group a response is: A = (r - mean) / (std + 1e-6) (v2 eq. 1; sample
+    std and 1e-6 as in the authors' code). rewards: (N,), a group's side by side. Returns (N,)."""
+    groups = rewards.float().view(-1, group_size)                # (N / group_size, group_size)
+    std, mean = torch.std_mean(groups, dim=1, keepdim=True)
+    # Equal rewards give exactly 0: by a rounded mean A could be negative, and LLDS skip the group.
+    lowest, highest = groups.aminmax(dim=1, keepdim=True)
+    return torch.where(lowest < highest, (groups - mean) / (std + 1e-6), 0.0).view(-1)
+def action_ids(mask):
+    """Numbers the actions in a 0/1 mask, for trainers that have only a mask (this file numbers them
+    as they are sampled). (N, T) -> (N, T): [0, 1, 1, 0, 1] -> [0, 1, 1, 0, 2]."""
+    mask = mask.long()
+    begins = mask.diff(dim=1, prepend=mask.new_zeros(len(mask), 1)) == 1  # a 1 that follows a 0
+    return begins.cumsum(dim=1) * mask
+def masked_mean(x, mask, denom=None):
+    """Mean of x where mask is 1, both (N, T). denom replaces the number of ones: with that of the
+    whole mini-batch, the results of its micro-batches add up to its mean."""
+    return (x * mask).sum() / max(1, mask.sum() if denom is None else denom)
+
+def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
+    """GRPO's clipped objective with masked feedback (v2 eq. 1), as a mean over tokens like the
+    authors' code. logp, old_logp, mask: (N, T). advantages: (N,), else RuntimeError.
+    Returns (loss, {"clipped": number of tokens left without gradient})."""
+    mask, advantages = mask.bool(), advantages.view(len(logp), 1)
+    # The mask comes before exp(): other trainers leave anything outside actions, even inf.
+    log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)                        # (N, T)
+    ratio = log_ratio.clamp(max=20).exp()  # the clamp is verl's: exp(89) would be inf
+    # With A > 0 the objective grows with the ratio up to 1 + clip, with A < 0 as it falls down to
+    # 1 - clip. Beyond, min() takes the clipped value, a constant: no gradient. In the other
+    # direction the gradient stays, to undo a change.
+    free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
+    loss = -masked_mean(torch.min(free, clipped), mask, denom)
+    return loss, {"clipped": (clipped < free).sum()}
+def kl_penalty(logp, ref_logp, mask, denom=None):
+    """KL divergence from the initial model, as a mean over tokens of the estimate "k3":
+    exp(r) - r - 1 with r = ref_logp - logp. All (N, T)."""
+    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)
+    return masked_mean(r.exp() - r - 1, mask, denom)
+
+def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None,
+                 answer_weight=1.0, denom=None):
+    """LLDS: the mean of gate * max(0, old_logp - logp) over all action tokens of good responses.
+    >>> old_logp = torch.tensor([[-4., -4., -4.]])               # a right response of three tokens
+    >>> advantages, action_id = torch.tensor([1.]), torch.tensor([[1, 1, 1]])
+    >>> fallen = torch.tensor([[-7., -4., -3.]])                 # it lost 3, 0 and -1: fell by 2
+    >>> llds_penalty(fallen, old_logp, advantages, action_id)[0] # the gate is open: (3 + 0 + 0) / 3
+    tensor(1.)
+    >>> risen = torch.tensor([[-7., -4., 0.]])                   # it lost 3, 0 and -4: rose by 1
+    >>> llds_penalty(risen, old_logp, advantages, action_id)[0]  # the gate is closed
+    tensor(0.)
+
+    logp, old_logp: (N, T), of the present weights and of those that sampled.
+    advantages: (N,). Good is A >= 0: no worse than its group, even if all of it is wrong.
+    action_id: (N, T), k on the tokens of the k-th action, 0 elsewhere.
+    gate: 1 for a unit that has lost likelihood in sum, else 0. The unit is a "token" (v2 eq. 9), a
+        "response" (v1; v2 eq. 10) or an "action" (v2 eq. 4).
+    answer_mask: (N, T), the final answer's tokens. answer_weight: 0 to 1, times their penalty; the
+        gate sees them in full. Below 1 this is LLDS-MA, "masked answer" (v1: 0; v2 eq. 5).
+    Returns (loss, {"units": number of good units, "open_units": of those with gate 1}). ValueError:
+        gate or answer_weight; RuntimeError: shape of advantages."""
+    if gate not in ("token", "response", "action") or not 0 <= answer_weight <= 1:
+        raise ValueError(f"unknown gate {gate!r}, or answer_weight {answer_weight} not in [0, 1]")
+    preserved = (action_id > 0) & (advantages.view(len(logp), 1) >= 0)                  # (N, T)
+    lost = (old_logp.detach() - logp).masked_fill(~preserved, 0)                        # (N, T)
+    change = lost.detach().float()  # for the gate, through which no gradient flows
+    if gate == "token":
+        units, fallen = preserved, change > 0                                           # (N, T)
+    else:  # members: for each of K units of a response, which tokens belong to it; K = 1: all
+        k = torch.arange(1, int(action_id.max()) + 1, device=logp.device)[:, None, None]
+        members = preserved & (action_id == k) if gate == "action" else preserved[None] # (K, N, T)
+        units = members.any(dim=2, keepdim=True)                                        # (K, N, 1)
+        fallen = (change * members).sum(dim=2, keepdim=True) > 0                        # (K, N, 1)
+    is_open = fallen if gate == "token" else (members & fallen).any(dim=0)              # (N, T)
+    penalty = torch.relu(lost) * is_open  # relu, as clamp has gradient 1 where exactly 0 was lost
+    if answer_weight != 1:
+        penalty = penalty * torch.where(answer_mask.bool(), answer_weight, 1.0)
+    loss = masked_mean(penalty, preserved, denom)
+    return loss, {"units": units.sum(), "open_units": fallen.sum()}
+# -------------------------------------------------------------------- ... copy to here. Settings
+def flag(default, help):
+    return field(default=default, metadata={"help": help})
+
 @dataclass
 class Config:
-    """Every flag, with its help. These defaults suit the built-in agent, those of REAL_MODEL a real model."""
-    model: str = "tiny"  # 'tiny' (built in), a hub id, or a save_pretrained directory, such as runs/x
-    corpus: str = ""  # passages to search, jsonl[.gz]; default: tiny_corpus.jsonl beside this file
-    retriever_url: str = ""  # search there instead, in Search-R1's protocol: http://HOST:8000/retrieve
-    train_data: str = ""  # questions to train on: SET[,SET...], see load_questions; default: --corpus
-    eval_data: str = ""  # held-out questions, in the same form; each set is scored by itself
-    retrieval_noise: float = 0.0  # chance that a search in training finds passages about something else
-    hops: int = 0  # train and evaluate only on questions of so many hops; 0: on all
-    output_dir: str = ""  # folder of a new run; default: runs/<model>-<time>
-    seed: int = 0  # of the weights, the order of the questions and the sampling
-    prompt: str = "{question}"  # for questions that bring no prompt of their own
-    max_turns: int = 3  # turns in which a search is served; one more follows, for the answer
-    top_k: int = 3  # passages a search returns
-    max_new_tokens: int = 40  # tokens the model may write in a turn
-    max_feedback_tokens: int = 120  # tokens of feedback; the text is cut, the block still closed
-    steps: int = 40  # steps: each makes rollouts, then num_iterations * mini_batches updates
-    questions_per_step: int = 16  # questions, and so groups, in a step
-    group_size: int = 8  # rollouts of one question; their mean reward is the baseline
-    mini_batches: int = 4  # parts of a step's rollouts; each makes one update in an iteration
-    num_iterations: int = 1  # times that a step's rollouts are used for updates, as in TRL
-    learning_rate: float = 5e-4  # of AdamW, constant after the warm-up
-    warmup_ratio: float = 0.1  # share of the updates in which the learning rate rises from 0
-    clip: float = 0.2  # how far a token's likelihood ratio, new to old, may move before its gradient stops
-    beta: float = 0.0  # weight of the KL to the initial model, as in TRL
-    freeze_embeddings: bool = False  # GRPO leaves the embeddings, and a head tied to them, as they are
-    temperature: float = 1.0  # of sampling and of all log-probabilities; evaluation is greedy
-    llds_lambda: list[float] = field(default_factory=lambda: [0.1])  # weight of LLDS; several: a run for each
-    llds_gate: Literal["token", "response", "action"] = "response"  # what must have lost likelihood to pay
-    answer_weight: str = "1"  # of the answer's tokens in the penalty (v2 eq. 5): 0 to 1, or 'adaptive'
-    early_answers: float = 0.6  # share of scripted two-hop episodes that answer after one search
-    warm_steps: int = 800  # supervised steps on scripted, imperfect episodes before GRPO
-    warm_learning_rate: float = 4e-3  # of these steps, falling to 0
-    rollout_batch: int = 256  # rollouts that share the KV cache at a time
-    micro_batch_tokens: int = 2048  # padded tokens in one forward and backward pass
-    dtype: Literal["float32", "bfloat16"] = DTYPE  # of matrix products; AdamW's weights are float32
-    gradient_checkpointing: bool = GPU  # keep the layers' inputs, compute the rest again
-    cpu_offload: bool = False  # weights, gradients and moments in the CPU's memory: 7B on one card
-    save_steps: int = 10  # steps between two checkpoints
-    resume: str = ""  # go on with the run in this folder, with its flags; those given here replace them
-    eval_steps: int = 10  # steps between two evaluations on held-out questions
-    plot: bool = False  # write curves.png (needs matplotlib)
-    eval: bool = False  # evaluate --model on each set of --eval_data
-    ask: str | None = None  # answer this question with --model
-comments = dict(re.findall(r"^    (\w+):.*  # (.*)", inspect.getsource(Config), re.MULTILINE))
-for entry in fields(Config):
-    entry.metadata = {"help": comments[entry.name]}  # what --help prints
-REAL_MODEL = dict(prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
-                  questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
-                  warm_learning_rate=1e-5, rollout_batch=80, micro_batch_tokens=16384, warm_steps=0)
-LEAST = dict(group_size=2, max_feedback_tokens=32, temperature=1e-3, steps=0, warm_steps=0, hops=0, seed=0)
+    """Every flag. These defaults suit the built-in agent; PRESETS has what other runs change."""
+    # Model and data
+    model: str = flag("tiny", "'tiny' (built in), a hub id, or a save_pretrained folder: runs/x")
+    preset: Literal["auto", "tiny", "real", "collapse"] = flag("auto", "auto: by --model")
+    corpus: str = flag(str(Path(__file__).with_name("tiny_corpus.jsonl")), "passages, jsonl[.gz]")
+    retriever_url: str = flag("", "search there, as Search-R1 does: http://HOST:8000/retrieve")
+    train_data: str = flag("", "questions: SET[,SET...], see load_questions; default: --corpus")
+    eval_data: str = flag("", "held-out questions, in the same form; each set has its own score")
+    hops: int = flag(0, "train and evaluate on questions that need so many searches; 0: on all")
+    retrieval_noise: float = flag(0.0, "chance that a search in training finds something else")
+    # An episode
+    prompt: str = flag("{question}", "for questions that bring no prompt of their own")
+    max_turns: int = flag(3, "turns in which a search is served; one more follows, for the answer")
+    top_k: int = flag(3, "passages that a search returns")
+    max_new_tokens: int = flag(40, "most tokens of an action")
+    max_feedback_tokens: int = flag(120, "most tokens of feedback; the text is cut, not the tag")
+    temperature: float = flag(1.0, "of sampling and of all log-probabilities; evaluation is greedy")
+    # A step and its updates
+    steps: int = flag(40, "steps: each makes a rollout, then num_iterations * mini_batches updates")
+    questions_per_step: int = flag(16, "questions, and so groups, in a step")
+    group_size: int = flag(8, "episodes of one question; their mean reward is the baseline")
+    mini_batches: int = flag(4, "equal parts of a step's groups; an update each, in each iteration")
+    num_iterations: int = flag(1, "times that a step's episodes are used for updates, as in TRL")
+    learning_rate: float = flag(5e-4, "of AdamW, constant after the warm-up")
+    warmup_ratio: float = flag(0.1, "share of the updates in which the learning rate rises from 0")
+    clip: float = flag(0.2, "how far a token's ratio may move from 1 before its gradient stops")
+    beta: float = flag(0.0, "weight of the KL divergence from the initial model")
+    freeze_embeddings: bool = flag(False, "leave embeddings, and a head tied to them, as they are")
+    # LLDS
+    llds_lambda: list[float] = field(default_factory=lambda: [0.1], metadata={
+        "help": "weight of LLDS; several: a run each, from one start"})
+    llds_gate: Literal["token", "response", "action"] = flag("response", "what must have fallen")
+    answer_weight: float = flag(1.0, "of the final answer's tokens in LLDS (below 1: LLDS-MA)")
+    adaptive_answer_weight: bool = flag(False, "instead: mean searches / 2, at most 1 (v2)")
+    # The warm start: supervised learning from scripted episodes, before GRPO
+    warm_steps: int = flag(800, "supervised steps")
+    warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
+    early_answers: float = flag(0.6, "share of two-hop scripts that answer after one search")
+    # Memory and speed
+    rollout_batch: int = flag(256, "episodes that share the KV cache at a time")
+    micro_batch_size: int = flag(8, "episodes in one forward and backward pass")
+    dtype: Literal["float32", "bfloat16"] = flag(DTYPE, "of matrix products; weights are float32")
+    gradient_checkpointing: bool = flag(GPU, "keep the layers' inputs, compute the rest again")
+    cpu_offload: bool = flag(False, "weights, gradients, moments in the CPU's memory: 7B on a card")
+    # The run
+    seed: int = flag(0, "of the weights, the order of the questions and the sampling")
+    output_dir: str = flag("", "folder of a new run; default: runs/<model>-<time>")
+    save_steps: int = flag(10, "steps between two checkpoints")
+    eval_steps: int = flag(10, "steps between two evaluations on held-out questions")
+    resume: str = flag("", "go on with the run in this folder, with its flags and those given here")
+    eval: bool = flag(False, "evaluate --model on each set of --eval_data")
+    ask: str = flag("", "answer this question with --model")
+
+PRESETS = {
+    "real": dict(  # Search-R1's setting, with shorter texts and 32 of its 512 questions a step
+        prompt=PROMPT, max_new_tokens=300, max_feedback_tokens=500, steps=200, group_size=5,
+        questions_per_step=32, mini_batches=8, learning_rate=1e-6, warmup_ratio=0.285, beta=0.001,
+        rollout_batch=80, micro_batch_size=5, warm_steps=0, warm_learning_rate=1e-5),
+    "collapse": dict(  # GRPO alone loses what it knew, LLDS goes on learning
+        hops=2, max_turns=5,  # two searches are needed, and there is room to search again
+        retrieval_noise=0.25,  # responses that search rightly and are wrong by bad luck
+        early_answers=0.3, freeze_embeddings=True,  # the agent begins with something to lose
+        mini_batches=8, num_iterations=3,  # 24 updates a step: time to drift away from old_logp
+        learning_rate=3e-4, steps=120)}
+# Lowest and highest value. Other counts: 1 to a billion; other numbers: 0 to a billion.
+RANGES = dict(steps=(0, 1e12), warm_steps=(0, 1e9), seed=(0, 1e9), hops=(0, 9), group_size=(2, 1e6),
+              max_feedback_tokens=(32, 1e6), temperature=(1e-3, 1e9), retrieval_noise=(0, 1),
+              early_answers=(0, 1), warmup_ratio=(0, 1), answer_weight=(0, 1))
 
 def parse_config(argv=None):
-    """Command line -> Config. --model and --resume are read first: the other defaults depend on them."""
+    """Command line -> Config. What is typed replaces what a run has saved, and this the preset."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     parser = HfArgumentParser(Config, allow_abbrev=False)
-    first = HfArgumentParser(Config, allow_abbrev=False, add_help=False).parse_known_args(argv)[0]
-    defaults = {} if first.model == "tiny" else REAL_MODEL
-    saved = Path(first.resume or first.model, "flags.json")  # of the run that wrote this folder
-    if first.resume or saved.exists():
-        with supplied(saved):
-            defaults = vars(Config(**json.loads(saved.read_text())))
-        defaults["warm_steps"] *= bool(first.resume)  # 0 for --model FOLDER: it is trained; kept for --resume
-    parser.set_defaults(**defaults)
-    cfg = Config(**vars(parser.parse_args(argv)))
-    if cfg.resume:
-        changed = {name: x for name, x in vars(cfg).items() if x != defaults[name] and name != "resume"}
-        check(not {"model", "output_dir", "eval", "ask"} & changed.keys(),
-              "--resume goes on with a run as it was: no --model, --output_dir, --eval or --ask beside it")
-        pattern = "lambda_*/checkpoint-*" if len(cfg.llds_lambda) > 1 else "checkpoint-*"
-        check(any(Path(cfg.resume).glob(pattern)), f"--resume {cfg.resume}: there is no {pattern}")
-        print("flags that differ from the run's own:", changed)
-    for name, value in (vars(cfg) | {"llds_lambda": min(cfg.llds_lambda)}).items():
-        least = LEAST.get(name, int(type(value) is int))  # of other counts: 1; of other numbers: 0
-        if isinstance(value, (int, float)):
-            check(value >= least, f"--{name} must be at least {least}, not {value}")
-    share = re.fullmatch(r"1(\.0*)?|0(\.\d*)?|\.\d+", cfg.answer_weight)
-    check(share or cfg.answer_weight == "adaptive", "--answer_weight must be from 0 to 1, or 'adaptive'")
-    check(cfg.mini_batches <= cfg.questions_per_step, "--mini_batches is more than --questions_per_step")
-    check(not cfg.plot or find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
-    check(cfg.ask is None or cfg.ask.strip() and cfg.model != "tiny", "--ask: question and trained --model")
+    parser.error = stop
+    # A first look, since --model, --preset and --resume decide the defaults of the others.
+    typed, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    by_model = "tiny" if typed.model == "tiny" else "real"
+    preset = by_model if typed.preset == "auto" else typed.preset
+    parser.set_defaults(**PRESETS.get(preset, {}))  # those of tiny are the defaults
+    saved, path = [], Path(typed.resume or typed.model, "flags.json")
+    if typed.resume or (typed.model != "tiny" and typed.preset == "auto" and path.exists()):
+        with blame(path):
+            for name, value in json.loads(path.read_text(encoding="utf-8")).items():
+                saved += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        saved += [] if typed.resume else ["--warm_steps", "0"]  # --model had its warm start
+    before, cfg = parser.parse_args(saved), Config(**vars(parser.parse_args(saved + argv)))
+    for name, value in vars(cfg).items():
+        fixed = cfg.resume and name in ("model", "preset", "llds_lambda", "seed", "output_dir")
+        check(not fixed or value == vars(before)[name], f"--resume: no other --{name} beside it")
+        for number in value if isinstance(value, list) else [value]:
+            lowest, highest = RANGES.get(name, (int(type(number) is int), 1e9))
+            check(type(number) not in (int, float) or lowest <= number <= highest,
+                  f"--{name} must be from {lowest:g} to {highest:g}, not {number}")
+    names, parts = {f"{number:g}" for number in cfg.llds_lambda}, cfg.mini_batches * WORLD
+    check(len(names) == len(cfg.llds_lambda), "--llds_lambda: two of the numbers are the same")
     check("{question}" in cfg.prompt, "--prompt must contain {question}")
+    check(cfg.model != "tiny" or not cfg.ask, "--ask needs a trained --model")
+    check(cfg.questions_per_step % parts == 0,
+          f"--questions_per_step must be a multiple of {parts}, --mini_batches times processes")
     if any(cfg.llds_lambda) and cfg.mini_batches * cfg.num_iterations == 1:
-        print("WARNING: with one update a step (--mini_batches, --num_iterations) LLDS is 0", file=sys.stderr)
+        print("WARNING: LLDS is 0: mini_batches * num_iterations is 1", file=sys.stderr)
     return cfg
-
-# ------------------------------------------------------------- episode: prompt, actions, feedback, reward
+# ---------------------------------------------------- episode: prompt, actions, feedback, reward
 @dataclass
 class Episode:
-    """A question and all that followed. ids are exact: what was sampled is never decoded and re-encoded."""
-    question: dict                                 # "question", "golden_answers", perhaps "prompt", "hops"
-    ids: list                                      # prompt ...   action 1 ...   feedback ...   action 2 ...
-    action_id: list                                # 0 0 0 0 0    1 1 1 1 1 1    0 0 0 0 0 0    2 2 2 2 2 2
-    start: int                                     # where the current action begins in ids
+    """A question and what followed. What was sampled is never decoded and encoded again."""
+    question: dict             # "question", "golden_answers", "set", perhaps "prompt", "hops"
+    ids: list                  # prompt ...   action 1 ...   feedback ...   action 2 ...
+    action_id: list            # 0 0 0 0 0    1 1 1 1 1 1    0 0 0 0 0 0    2 2 2 2 2 2
+    action_start: int          # ids[action_start:] is the current action
     turn: int = 1
-    searches: list = field(default_factory=list)   # of each served search: what it found (see respond)
-    answer_start: int | None = None                # ids[answer_start:] is the answer, tags included
+    searches: list = field(default_factory=list)  # for each served search the texts it found
+    answer_start: int | None = None  # ids[answer_start:] is the final answer, with its tags
     reward: float = 0.0
     done: bool = False
-    read: int = field(default=0, compare=False)    # ids[:read] are in the KV cache, see feed and rollout
+    sampled_logp: list = field(default_factory=list, compare=False)  # of each sampled token
+    cached: int = field(default=0, compare=False)  # ids[:cached] are in the rollout's KV cache
 
 class Environment:
-    """Where text and ids meet. A new tool needs its closing tag in complete(), its feedback in respond()."""
-    def __init__(self, tok, retriever, cfg, max_length=math.inf):
-        self.tok, self.retriever, self.cfg, self.max_length = tok, retriever, cfg, max_length
+    """Where text and ids meet. A new tool needs its closing tag in complete(), what it does in
+    respond(), and its tags in retriever.py's PROMPT, CORRECTION and TAG."""
+    def __init__(self, tok, retriever, cfg, eos_ids=()):
+        self.tok, self.retriever, self.cfg = tok, retriever, cfg
         tok.clean_up_tokenization_spaces = False  # decode() shall give all that was written
-        self.eos_ids = {tok.eos_token_id}  # each of them ends an action; main() adds the model's own
-        special = [re.escape(token.content) for token in tok.added_tokens_decoder.values() if token.special]
-        self.special = re.compile("|".join(special) or "(?!)")  # never from outside; (?!) matches nothing
-
+        self.eos_ids = {tok.eos_token_id, *eos_ids}  # each of them ends an action
+        # Text from outside may hold no special tokens, but for our tags, if a model has these.
+        special = [token.content for token in tok.added_tokens_decoder.values() if token.special]
+        self.forbidden = [name for name in special if not TAG.fullmatch(name)]
+        turn = cfg.max_new_tokens + cfg.max_feedback_tokens
+        self.longest = cfg.max_turns * turn + cfg.max_new_tokens  # tokens that may follow a prompt
     def encode(self, text):
         return self.tok.encode(text, add_special_tokens=False)
-
     def reset(self, question):
         """A new Episode, ready for its first action."""
-        words = self.cfg.prompt.replace("{question}", question["question"])
-        messages = question.get("prompt") or [{"role": "user", "content": words}]
-        messages = [dict(message, content=clean(message["content"], self.special)) for message in messages]
-        text = "\n".join(message["content"] for message in messages)
-        if self.tok.chat_template:  # it writes the special tokens itself
-            text = self.tok.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = self.tok.encode(text, add_special_tokens=not self.tok.chat_template)
+        tok, text = self.tok, self.cfg.prompt.replace("{question}", question["question"])
+        messages = question.get("prompt") or [{"role": "user", "content": text}]
+        messages = [m | {"content": clean(m["content"], self.forbidden)} for m in messages]
+        ids = tok.encode("\n".join(m["content"] for m in messages))
+        if tok.chat_template:
+            ids = tok.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if ids[-1] in self.eos_ids:  # some tokenizers end each text
             ids.pop()
-        return Episode(question, ids, action_id=[0] * len(ids), start=len(ids))
-
+        return Episode(question, ids, action_id=[0] * len(ids), action_start=len(ids))
     def complete(self, e):
-        """Is the current action complete: by an end of text, for want of room, or by a closing tag?"""
-        action = e.ids[e.start:]
-        full = len(action) >= self.cfg.max_new_tokens or len(e.ids) >= self.max_length
-        tail = self.tok.decode(action[-9:])  # 9 tokens hold a tag, even one spelled by letters
-        return full or e.ids[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
-
+        """Is the current action complete: by its length, an end of text, or a closing tag?"""
+        action = e.ids[e.action_start:]
+        # A tag is seldom one token: "</", "search", ">\n". 9 tokens hold one spelled by letters.
+        tail, full = self.tok.decode(action[-9:]), len(action) >= self.cfg.max_new_tokens
+        return full or action[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
     def respond(self, episodes):
-        """Runs the action that each episode has just completed: ends the episode, or appends feedback."""
+        """Runs the action that each of the episodes has completed: ends it, or adds feedback."""
         searching, queries = [], []
         for e in episodes:
-            text = self.tok.decode(e.ids[e.start:])
-            answer, query = between("answer", text), between("search", text)
+            text = self.tok.decode(e.ids[e.action_start:])
+            answer, query = text_in_tag("answer", text), text_in_tag("search", text)
             if answer is not None:
-                e.done = True
-                e.reward = exact_match(answer, e.question["golden_answers"])
+                e.done, e.reward = True, exact_match(answer, e.question["golden_answers"])
                 e.answer_start = len(e.ids) - 1
                 while "<answer>" not in self.tok.decode(e.ids[e.answer_start:]):
-                    e.answer_start -= 1  # back to the token with which the tag begins
-            elif e.turn > self.cfg.max_turns:
+                    e.answer_start -= 1  # back to the token in which the tag begins
+            elif e.turn > self.cfg.max_turns:  # this turn was for the answer
                 e.done = True
             elif query is not None:
                 searching.append(e)
@@ -192,608 +302,499 @@ class Environment:
             else:
                 self.append(e, self.encode(CORRECTION)[:self.cfg.max_feedback_tokens])
         found = self.retriever.search(queries, self.cfg.top_k)  # all in one request
-        head, tail = self.encode(OPEN), self.encode(CLOSE)
-        room = self.cfg.max_feedback_tokens - len(head) - len(tail)  # at least 32, see LEAST: room for both
+        opening, closing = self.encode(OPEN), self.encode(CLOSE)
+        room = self.cfg.max_feedback_tokens - len(opening) - len(closing)
         for e, passages in zip(searching, found):
-            text = self.encode(clean(information(passages), self.special))
-            self.append(e, head + text[:room] + tail)
-            if not e.done:  # A search that erred, see ErringRetriever, counts as what it would have found.
-                e.searches.append([passage.get("instead_of", passage["contents"]) for passage in passages])
-
-    def append(self, e, feedback):
-        """Adds feedback and opens the next turn; ends the episode instead if its context is full."""
-        e.done = len(e.ids) + len(feedback) >= self.max_length
-        if not e.done:
-            e.ids += feedback
-            e.action_id += [0] * len(feedback)
-            e.start, e.turn = len(e.ids), e.turn + 1
-
-# ------------------------------------------------------------------------------ several GPUs: torchrun, FSDP2
-# A process for each GPU plays a share of the groups and computes a share of each micro-batch. Each keeps a
-# part of every layer's weights, gradients and moments; FSDP2 gathers a layer's weights, in cfg.dtype, where
-# they are used. With --cpu_offload the parts are in the CPU's memory, also if there is but one process.
-def start_processes(cfg):
-    """Joins the other processes, or makes a group of one for --cpu_offload. Only rank 0 prints to stdout."""
-    if WORLD > 1 or cfg.cpu_offload:
-        backend, store = "cpu:gloo,cuda:nccl" if GPU else "gloo", None if WORLD > 1 else dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
-    if GPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8", errors="replace")
-
-def everyone(x):
-    """[x of rank 0, x of rank 1, ...], on every rank."""
-    parts = [x] * WORLD
-    if WORLD > 1:
-        dist.all_gather_object(parts, x)
-    return parts
-
-def write(path, content):  # as JSON
-    if RANK == 0:
-        path.write_text(json.dumps(content, indent=1) + "\n")
-
-def shard(model, cfg):
-    """FSDP2. A rollout's first pass gathers all weights, which stay until a backward pass: nobody waits."""
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
-    offload = CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else OffloadPolicy()
-    mesh = dist.init_device_mesh(DEVICE, (WORLD,))
-    for part in [*model.base_model.layers, model]:
-        fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy, offload_policy=offload)
-    # FSDP2 gathers the weights of embedding and head when `model` is called. We call its body, then its head:
-    # so let model() be a call of its body. base_model is getattr(model, prefix, model): now the model itself.
-    model.forward, model.base_model_prefix = model.base_model.forward, ""
-    return model
-
-def shares(micro_batches, action_id):
-    """Yields this rank's rows of each micro-batch and their action_id."""
-    for rows in micro_batches:  # all ranks must make equally many passes: a row without actions, if no other
-        mine = rows[RANK::WORLD]
-        some = mine if len(mine) > 0 else rows[:1]
-        yield some, action_id[some] * (len(mine) > 0)
-
-# ------------------------------------------------------------------------------------------------ rollout
-# One KV cache serves all rollouts, and a token's cell in it is the token's position:
-#     cell     0 1 2 3 4 5 6 7 8 9        P prompt, A action, F feedback, . nothing yet
-#     row 0    P P P P A A F F A .        So nothing moves as rows grow, the mask is "cell <= own position",
-#     row 1    P P P P A A A A . .        and a token that is fed a second time only rewrites its own cell.
+            text = format_passages(passages)[:100 * room]  # encoding more would only take long
+            self.append(e, opening + self.encode(clean(text, self.forbidden))[:room] + closing)
+            # For the metrics, a search that erred counts as what it should have found.
+            e.searches.append([hit.get("instead_of", hit["contents"]) for hit in passages])
+    def append(self, e, feedback):  # and open the next turn
+        e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
+        e.action_start, e.turn = len(e.ids), e.turn + 1
+# --------------------------------------------------------------------------------------- rollout
+# All episodes of a rollout share one KV cache: a row for each, a cell for each position.
+#     cell     0 1 2 3 4 5 6 7 8 9     P prompt, A action, F feedback, . nothing yet
+#     row 0    P P P P A A F F A .     Nothing is padded on the left, nothing moves as rows grow,
+#     row 1    P P P P A A A A . .     and a token sees the cells up to its own.
+# A token that is fed a second time writes the same into its cell again. So a row that has nothing
+# new to read in a pass can be fed its last token once more.
 class SlotCache(Cache):
-    """Keys and values of all rows: for each layer two buffers, (rows, heads, cells, size)."""
+    """Keys and values of all rows. feed() sets which rows and positions the next pass is about."""
     def __init__(self, rows, cells):
         super().__init__(layers=[])
-        self.rows, self.cells, self.buffers = rows, cells, {}
-
-    def begin_pass(self, rows, position, used):
-        """Before a pass in which rows[i] writes cells position[i] and sees those below `used`. Its mask."""
-        self.used, self.target = used, (torch.tensor(rows, device=DEVICE)[:, None], position)  # row, cell
-        self.source = slice(len(rows)) if rows == [*range(len(rows))] else rows  # a slice needs no copy
-        return torch.arange(used, device=DEVICE) <= position[:, None, :, None]  # (rows, 1, width, used)
-
+        self.rows, self.cells = rows, cells
+        self.buffers = {}  # of each layer: (2, rows, heads, cells, size), keys and values
     def update(self, keys, values, layer, *args, **kwargs):
-        """What a layer calls: stores the new keys and values, returns all that these rows may look at."""
-        new = keys.to(values.dtype), values  # under autocast the rotary embedding makes keys float32
-        if layer not in self.buffers:  # zeros, not empty: 0 * NaN is NaN
+        """What a layer calls: keeps keys and values, (rows, heads, width, size), returns all."""
+        if layer not in self.buffers:  # zeros: what a mask hides is multiplied by 0; 0 * NaN is NaN
             _, heads, _, size = keys.shape
             self.buffers[layer] = values.new_zeros(2, self.rows, heads, self.cells, size)
-        for buffer, x in zip(self.buffers[layer], new):
-            buffer.transpose(1, 2)[self.target] = x.transpose(1, 2)  # a view: (rows, cells, heads, size)
-        return self.buffers[layer][:, self.source, :, :self.used]
+        for buffer, new in zip(self.buffers[layer], (keys, values)):
+            by_cell = buffer.transpose(1, 2)  # a view, (rows, cells, heads, size)
+            # Under autocast the rotary embedding makes the keys float32.
+            by_cell[self.row_numbers, self.position] = new.transpose(1, 2).to(buffer.dtype)
+        return self.buffers[layer][:, self.seen_rows, :, :self.used]
 
 def feed(model, cache, live):
-    """One pass: the episodes of {row: episode} read their new ids, or the last again -> logits, (rows, V)."""
-    ids, position = [], []
-    width = max(1, max(len(e.ids) - e.read for e in live.values()))
+    """One pass: each episode of {row: episode} reads its ids that are not yet in the cache, or its
+    last id again. Returns the logits of each one's next token, (rows, V)."""
+    ids, position, width = [], [], max(1, max(len(e.ids) - e.cached for e in live.values()))
     for e in live.values():
         last = len(e.ids) - 1
-        start = min(e.read, last)
-        position.append([min(t, last) for t in range(start, start + width)])  # a shorter row repeats its last
+        first = min(e.cached, last)
+        position.append([min(t, last) for t in range(first, first + width)])  # the last, repeated
         ids.append([e.ids[t] for t in position[-1]])
-        e.read = len(e.ids)  # true once this pass is over
-    ids, position = torch.tensor([ids, position], device=DEVICE)                        # (rows, width) each
-    mask = cache.begin_pass([*live], position, max(e.read for e in live.values()))  # (rows, 1, width, used)
-    hidden = model.base_model(ids, mask, position, cache, use_cache=True)[0]            # (rows, width, D)
-    return model.get_output_embeddings()(hidden[:, -1]).float()
+        e.cached = len(e.ids)  # true once this pass is over
+    ids, position = torch.tensor([ids, position], device=DEVICE)              # (rows, width) each
+    rows, cache.position, cache.used = list(live), position, max(e.cached for e in live.values())
+    cache.row_numbers = torch.tensor(rows, device=DEVICE)[:, None]                      # (rows, 1)
+    cache.seen_rows = rows if rows != list(range(len(rows))) else slice(len(rows))  # without a copy
+    mask = torch.arange(cache.used, device=DEVICE) <= position[:, None, :, None]
+    output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                   use_cache=True, logits_to_keep=1)              # mask: (rows, 1, width, used)
+    return output.logits[:, -1].float()
+def mixed_precision(cfg, keep_casts=False):
+    """Products in cfg.dtype; weights stay float32, since bfloat16 would lose small updates."""
+    return torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=keep_casts)
 
 @torch.no_grad()
 def rollout(model, env, questions, group_size=1, temperature=1.0):
-    """Plays group_size Episodes of each question; returns them, a group's side by side. A round feeds every
-    row its newest token and samples the next. A row whose action is complete waits: its last token is fed
-    again, the sample dropped. Once an eighth of the rows wait, they all get feedback, read in one pass."""
-    model.eval()  # in train mode checkpointed layers would drop the cache
-    torch.set_autocast_cache_enabled(True)  # weights that learn are cast once, not once a token
-    cfg = env.cfg
-    mine = questions[RANK::WORLD] or questions[:1]  # all ranks must play: the first pass gathers together
-    episodes = [env.reset(question) for question in mine for _ in range(group_size)]
-    prompt = max(len(e.ids) for e in episodes)
-    longest = prompt + (cfg.max_turns + 1) * cfg.max_new_tokens + cfg.max_turns * cfg.max_feedback_tokens
-    rows = min(cfg.rollout_batch, len(episodes))
-    cache = SlotCache(rows, min(longest, env.max_length))
-    queue, live, waiting = episodes, [], []  # live[r]: the episode in row r; waiting: rows that wait
-    while queue or live:
-        # 1. Free rows are taken. Prompts and feedback are read.
-        live, queue = live + queue[:rows - len(live)], queue[rows - len(live):]
-        unread = {r: e for r, e in enumerate(live) if len(e.ids) - e.read > 1}
-        if unread:
-            feed(model, cache, unread)  # step 2 feeds the last token again, with all rows, and samples
-        # 2. A token for every row that does not wait.
-        logits = feed(model, cache, dict(enumerate(live)))                              # (rows, V)
-        if temperature > 0:
-            tokens = (logits / temperature).softmax(dim=1).multinomial(1).flatten()
-        else:
-            tokens = logits.argmax(dim=1)
-        for r, (e, token) in enumerate(zip(live, tokens.tolist())):
-            if r not in waiting:
-                e.ids.append(token)
-                e.action_id.append(e.turn)
-                if env.complete(e):
-                    waiting.append(r)
-        # 3. An eighth of the rows wait: run their actions. The last row takes the place of one that is done.
-        if 8 * len(waiting) >= len(live):
-            env.respond([live[r] for r in waiting])
-            for r in sorted(waiting, reverse=True):  # from the end: no row after r is done any more
-                if live[r].done:
-                    live[r] = live[-1]
-                    for buffer in cache.buffers.values():
-                        buffer[:, r] = buffer[:, len(live) - 1]
-                    live.pop()
-            waiting = []
-    torch.set_autocast_cache_enabled(False)
-    torch.clear_autocast_cache()  # the weights will change
-    played = [iter(part) for part in everyone(episodes)]
-    return [next(played[i % WORLD]) for i in range(len(questions)) for _ in range(group_size)]
-
-# ------------------------------------------------------ losses: they need torch alone; copy from here ...
-def group_advantages(rewards, group_size):
-    """How much better than its group a response is: A = (r - mean) / (std + 1e-6) (v2 eq. 1; sample std and
-    1e-6 as in the official code). rewards: (N,), a group's side by side. Returns (N,)."""
-    groups = rewards.float().view(-1, group_size)                               # (N / group_size, group_size)
-    std, mean = torch.std_mean(groups, dim=1, keepdim=True)
-    # Equal rewards give exactly 0: a rounded mean could make A slightly negative, and LLDS skip the group.
-    low, high = groups.aminmax(dim=1, keepdim=True)
-    return torch.where(low < high, (groups - mean) / (std + 1e-6), 0.0).view(-1)
-
-def action_ids(mask):
-    """Numbers the actions in a 0/1 mask, for other trainers; (N, T): [0, 1, 1, 0, 1] -> [0, 1, 1, 0, 2]."""
-    mask = mask.long()
-    begins = mask.diff(dim=1, prepend=mask.new_zeros(len(mask), 1)) == 1
-    return begins.cumsum(dim=1) * mask
-
-def masked_mean(x, mask, denom=None):
-    """Mean of x where mask is 1, (N, T) both; denom replaces mask.sum(), so that micro-batches add up."""
-    return (x * mask).sum() / max(1, mask.sum() if denom is None else denom)
-
-
-def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
-    """GRPO with masked feedback: the clipped objective (v2 eq. 1), token mean like the official code.
-    logp, old_logp, mask: (N, T); advantages: (N,), else RuntimeError. Returns (loss, info: a count)."""
-    mask, advantages = mask.bool(), advantages.view(len(logp), 1)
-    # Masked before exp: what is there may be inf. Clamped, as in verl: exp(89) is inf.
-    ratio = (logp - old_logp.detach()).masked_fill(~mask, 0).clamp(max=20).exp()        # (N, T)
-    free = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages  # min: beyond clip, no gradient further that way
-    return -masked_mean(torch.min(free, clipped), mask, denom), {"clipped": (clipped < free).sum()}  # tokens
-
-def kl_penalty(logp, ref_logp, mask, denom=None):
-    """KL to the initial model, token mean, by the estimate k3 = exp(r) - r - 1, r = ref_logp - logp."""
-    r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)           # (N, T)
-    return masked_mean(r.exp() - r - 1, mask, denom)
-def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None, answer_weight=1.0,
-                 denom=None):
-    """What good responses have lost in likelihood since they were sampled (v1; v2 eq. 4, 5, 9, 10): the mean
-    over their action tokens of gate * answer_weight * max(0, old_logp - logp).
-    >>> old_logp = torch.tensor([[-4., -4., -4.]])                     # a right response of three tokens
-    >>> advantages, action_id = torch.tensor([1.]), torch.tensor([[1, 1, 1]])
-    >>> fallen = torch.tensor([[-7., -4., -3.]])                       # lost 3, kept, gained 1: fell by 2
-    >>> llds_penalty(fallen, old_logp, advantages, action_id)[0]       # the gate is open: (3 + 0 + 0) / 3
-    tensor(1.)
-    >>> risen = torch.tensor([[-7., -4., 0.]])                         # lost 3, kept, gained 4: rose by 1
-    >>> llds_penalty(risen, old_logp, advantages, action_id)[0]        # the gate is closed
-    tensor(0.)
-
-    logp, old_logp: (N, T), of the present policy and of the one that sampled. advantages: (N,); good is >= 0,
-        no worse than its group, even if all is wrong. action_id: (N, T), k on the k-th action's tokens, or 0.
-    gate: 1 for the tokens of a unit whose log-likelihood has fallen, else 0. The unit is the "token"
-        (v2 eq. 9), the "response" (v1; v2 eq. 10) or the "action" (v2 eq. 4).
-    answer_mask: (N, T), the final answer's tokens; answer_weight in [0, 1] multiplies their penalty, but the
-        gate sees them in full (LLDS-MA, with masked answer: 0 in v1, any weight in v2 eq. 5).
-    Returns (loss, info: counts). ValueError: gate or answer_weight; RuntimeError: shape of advantages."""
-    units = {"token": torch.arange(logp.shape[1], device=logp.device).expand_as(action_id),
-             "response": torch.zeros_like(action_id),
-             "action": action_id}  # to which unit of its row a token belongs, (N, T) each
-    if gate not in units:
-        raise ValueError(f"gate must be 'token', 'response' or 'action', not {gate!r}")
-    if not 0 <= answer_weight <= 1:
-        raise ValueError("answer_weight must be in [0, 1]")
-    preserved = (action_id > 0) & (advantages.view(len(logp), 1) >= 0)                  # (N, T)
-    lost = (old_logp.detach() - logp).masked_fill(~preserved, 0)                        # (N, T)
-    unit = units[gate]
-    zeros = torch.zeros(len(logp), unit.max() + 1, device=logp.device)                  # (N, units of a row)
-    fallen = zeros.scatter_add(1, unit, lost.detach().float()) > 0  # the gate: a unit's sum; no gradient
-    exists = zeros.scatter_add(1, unit, preserved.float()) > 0  # for the metrics: units with a good token
-    penalty = torch.relu(lost) * fallen.gather(1, unit)  # relu: at 0 its gradient is 0, clamp's may be 1
-    if answer_weight != 1:
-        penalty = penalty * torch.where(answer_mask.bool(), answer_weight, 1.0)
-    return masked_mean(penalty, preserved, denom), {"units": exists.sum(), "open_units": fallen.sum()}
-
-# ------------------------------------------------------------------------------- ... copy to here. Update
+    """Plays group_size Episodes of each question; returns them, a group's side by side. Greedy at
+    temperature 0. A row whose action is complete waits: its last token is fed again, the sample
+    dropped. Once an eighth of the rows wait, they all get feedback, and read it in one pass."""
+    model.eval()
+    episodes = [env.reset(question) for question in questions for _ in range(group_size)]
+    rows = min(env.cfg.rollout_batch, len(episodes))
+    cache = SlotCache(rows, env.longest + max(len(e.ids) for e in episodes))
+    queue, live, waiting = episodes, [], []  # live[row]: its episode; waiting: row numbers
+    with mixed_precision(env.cfg, keep_casts=True):  # of the weights, which do not change here
+        while queue or live:
+            # 1. Free rows are taken. Prompts and feedback are read, but for their last token.
+            free = rows - len(live)
+            live, queue = live + queue[:free], queue[free:]
+            unread = {row: e for row, e in enumerate(live) if len(e.ids) - e.cached > 1}
+            if unread:
+                feed(model, cache, unread)
+            # 2. Every row is fed its last token, and a new one is sampled.
+            logits = feed(model, cache, dict(enumerate(live)))                          # (rows, V)
+            probs = (logits / (temperature or 1.0)).softmax(dim=1)
+            tokens = probs.multinomial(1) if temperature > 0 else logits.argmax(dim=1, keepdim=True)
+            logps = probs.gather(1, tokens).log()                                       # (rows, 1)
+            for row, (e, [token], [logp]) in enumerate(zip(live, tokens.tolist(), logps.tolist())):
+                if row not in waiting:
+                    e.ids.append(token)
+                    e.action_id.append(e.turn)
+                    e.sampled_logp.append(logp)
+                    if env.complete(e):
+                        waiting.append(row)
+            # 3. Their actions are run. From the end on, the last row replaces one that is done.
+            if 8 * len(waiting) >= len(live):
+                env.respond([live[row] for row in waiting])
+                for row in sorted(waiting, reverse=True):
+                    if live[row].done:
+                        live[row] = live[-1]
+                        for buffer in cache.buffers.values():
+                            buffer[:, row] = buffer[:, len(live) - 1]
+                        live.pop()
+                waiting = []
+    return episodes
+# ---------------------------------------------------------------------------------------- update
 def collate(episodes, group_size):
-    """Episodes as tensors: ids, action_id, answer_mask: (N, T); rewards, advantages, action_tokens: (N,)."""
-    ids = pad_sequence([torch.tensor(e.ids) for e in episodes], batch_first=True).to(DEVICE)
-    action_id = pad_sequence([torch.tensor(e.action_id) for e in episodes], batch_first=True).to(DEVICE)
-    answers = [torch.arange(len(e.ids)) >= (e.answer_start or len(e.ids)) for e in episodes]
-    answer_mask = pad_sequence(answers, batch_first=True).to(DEVICE)
-    rewards = torch.tensor([e.reward for e in episodes], device=DEVICE)
-    return SimpleNamespace(ids=ids, action_id=action_id, answer_mask=answer_mask, rewards=rewards,
-                           advantages=group_advantages(rewards, group_size),
-                           action_tokens=(action_id > 0).sum(dim=1))
+    """ids, action_id, answer_mask: (N, T), padded; rewards, advantages, action_tokens: (N,)."""
+    def padded(rows):
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(DEVICE)
+    batch = SimpleNamespace(ids=padded(e.ids for e in episodes))
+    batch.action_id = padded(e.action_id for e in episodes)
+    starts = [len(e.ids) if e.answer_start is None else e.answer_start for e in episodes]
+    batch.answer_mask = padded([0] * n + [1] * (len(e.ids) - n) for n, e in zip(starts, episodes))
+    batch.action_tokens = (batch.action_id > 0).sum(dim=1)
+    batch.rewards = torch.tensor([e.reward for e in episodes], device=DEVICE)
+    batch.advantages = group_advantages(batch.rewards, group_size)
+    return batch
 
 def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
-    """Log-probability of each action token under the tempered distribution that sampled it, and its entropy:
-    (N, T) float32 each, in nats, 0 outside actions. ids, action_id: (N, T), right-padded. Only hidden states
-    that predict an action token meet the LM head, `chunk` at a time: (N, T, V) logits never exist."""
-    model.train(torch.is_grad_enabled())  # gradient checkpointing, if on, acts in train mode; dropout is off
+    """Log-probability of each action token under the tempered distribution that sampled it, and the
+    entropy of that distribution: (N, T) float32 each, in nats, 0 outside actions.
+    ids, action_id: (N, T), padded on the right: no token sees padding, and no mask is needed.
+    Logits of all tokens, (N, T, V), would fill the memory. So only hidden states that predict an
+    action token meet the LM head, `chunk` at a time, and once more in the backward pass."""
     # The one shift: the hidden state of column t predicts the token of column t + 1.
     row, column = (action_id[:, 1:] > 0).nonzero(as_tuple=True)                         # (M,) each
-    needed = max(column.tolist(), default=0) + 1  # columns up to the last that predicts an action token
-    hidden = model.base_model(input_ids=ids[:, :needed], use_cache=False)[0]  # right padding: no mask
-    hidden, target = hidden[row, column], ids[row, column + 1]                          # (M, D), (M,)
+    needed = max(column.tolist(), default=0) + 1  # columns behind predict no action token
+    output = model(input_ids=ids[:, :needed], use_cache=False, output_hidden_states=True,
+                   logits_to_keep=1)  # these logits are not used; 1 is the least that can be asked
+    hidden, target = output.hidden_states[-1][row, column], ids[row, column + 1]   # (M, D), (M,)
     def head(hidden, target):
         logits = model.get_output_embeddings()(hidden).float()                          # (chunk, V)
-        logp = (logits / temperature).log_softmax(dim=-1)
-        entropy = -(logp.exp() * logp).detach().sum(dim=-1)
-        return torch.stack([logp.gather(1, target[:, None])[:, 0], entropy])            # (2, chunk)
-    parts = [checkpoint(head, *x, use_reentrant=False) for x in zip(hidden.split(chunk), target.split(chunk))]
+        logps = (logits / temperature).log_softmax(dim=1)
+        entropy = -(logps.exp() * logps).detach().sum(dim=1)
+        return torch.stack([logps.gather(1, target[:, None])[:, 0], entropy])           # (2, chunk)
+    chunks = zip(hidden.split(chunk), target.split(chunk))
+    parts = [checkpoint(head, *tensors, use_reentrant=False) for tensors in chunks]
     both = torch.zeros(2, *ids.shape, device=ids.device)                                # (2, N, T)
     both[:, row, column + 1] = torch.cat(parts, dim=1)                                  # (2, M)
     return both
-
 @torch.no_grad()
 def all_logps(model, batch, micro_batches, temperature):
-    """token_logps in the updates' own micro-batches: in others it rounds otherwise, and gates would open."""
-    both = torch.zeros(2, *batch.ids.shape, device=DEVICE)                              # (2, N, T)
-    for rows, action_id in shares(micro_batches, batch.action_id):
-        both[:, rows] = token_logps(model, batch.ids[rows], action_id, temperature)
-    if WORLD > 1:
-        dist.all_reduce(both)
+    """token_logps of a step's rows, (2, N, T), in the micro-batches of its updates. Others would be
+    rounded otherwise: at the first update logp would not equal old_logp, and gates would open."""
+    both = torch.zeros(2, *batch.ids.shape, device=DEVICE)
+    for rows in micro_batches:
+        both[:, rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
     return both
-
-def split(episodes, group_size, mini_batches, max_tokens):
-    """Yields mini-batches of shuffled groups: tuples of micro-batches, row numbers, max_tokens at most."""
-    lengths = torch.tensor([len(e.ids) for e in episodes])
-    for groups in torch.randperm(len(lengths) // group_size).tensor_split(mini_batches):
-        rows = (groups[:, None] * group_size + torch.arange(group_size)).flatten()
+def split(episodes, cfg):
+    """Mini-batches of whole groups, shuffled; each a list of micro-batches, each of row numbers."""
+    lengths, mini_batches = torch.tensor([len(e.ids) for e in episodes]), []
+    groups = torch.arange(len(episodes)).view(-1, cfg.group_size)
+    for some_groups in groups[torch.randperm(len(groups))].tensor_split(cfg.mini_batches):
+        rows = some_groups.flatten()
         rows = rows[lengths[rows].argsort()]  # rows of similar length need little padding
-        yield rows.split(max(1, max_tokens // int(lengths[rows[-1]])) * WORLD)  # rows[-1]: the longest
-
-def adamw(model, rate, cfg, betas=(0.9, 0.999)):
-    model.state_dict()  # FSDP2 gives back what it gathered: parameters() are this process' parts again
-    return torch.optim.AdamW(model.parameters(), rate, betas, weight_decay=0, fused=GPU or cfg.cpu_offload)
-
-def optimizer_step(learner):
-    """One step, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(learner.model.parameters(), max_norm=1.0)
-    norm = (norm.full_tensor() if dist.is_initialized() else norm).item()
-    if math.isfinite(norm):
-        learner.optimizer.step()
-    learner.scheduler.step()
-    learner.model.zero_grad()
-    return norm
-
-def update(learner, batch, mini_batch, answer_weight, cfg):
-    """One update: GRPO + lambda * LLDS (+ beta * KL) on a mini-batch (v2 eq. 6). Returns its metrics."""
-    members = torch.cat(mini_batch)
-    # The two normalisers are those of the whole mini-batch, so its micro-batches add up to its mean.
-    lengths = batch.action_tokens[members]                                              # (rows,)
-    action_tokens, preserved_tokens = lengths.sum(), lengths[batch.advantages[members] >= 0].sum()
-    own, total = Counter(), Counter()  # of this process, of all; a Counter's update() adds
-    for rows, action_id in shares(mini_batch, batch.action_id):
-        advantages, old_logp = batch.advantages[rows], batch.old_logp[rows]
-        logp, _ = token_logps(learner.model, batch.ids[rows], action_id, cfg.temperature)
-        policy, info = policy_loss(logp, old_logp, advantages, action_id > 0, cfg.clip, action_tokens)
-        llds, counts = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
-                                    batch.answer_mask[rows], answer_weight, preserved_tokens)
-        loss = policy + learner.llds_lambda * llds  # the whole method
-        if cfg.beta:
-            info["kl"] = kl_penalty(logp, batch.ref_logp[rows], action_id > 0, action_tokens)
-            loss = loss + cfg.beta * info["kl"]
-        (loss * WORLD).backward()  # FSDP2 takes the mean over the processes
-        own.update({name: x.item() for name, x in {"llds": llds, **info, **counts}.items()})
-    for part in everyone(own):
-        total.update(part)
-    return {"grad_norm": optimizer_step(learner), "llds": total["llds"], "kl": total["kl"],
-            "clip_frac": total["clipped"] / action_tokens.item(),
-            "llds_gate_frac": total["open_units"] / max(1, total["units"])}
+        mini_batches.append(rows.split(cfg.micro_batch_size))
+    return mini_batches
+def adamw(model, betas=(0.9, 0.999)):
+    model.state_dict()  # for its effect: FSDP2 lets go the weights that it gathered for a rollout
+    return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
+def new_learner(model, initial_weights, llds_lambda, cfg):
+    """What training changes, at its start. history: a row of metrics for each step."""
+    model.load_state_dict(initial_weights)
+    model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
+    return SimpleNamespace(model=model, optimizer=adamw(model), updates=0, history=[],
+                           llds_lambda=llds_lambda, initial_weights=initial_weights)
 
 def train_step(learner, episodes, cfg):
-    """A step after its rollouts: advantages, old log-probabilities, updates. Returns (metrics, batch)."""
+    """A step after its rollout: old log-probabilities, then updates. Returns (metrics, batch)."""
     model, batch = learner.model, collate(episodes, cfg.group_size)
-    mini_batches = everyone([*split(episodes, cfg.group_size, cfg.mini_batches, cfg.micro_batch_tokens)])[0]
-    micro_batches = sum(mini_batches, ())  # of rank 0, see above: each rank would shuffle otherwise
-    batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
-    if cfg.beta:  # no second model for the reference: ours takes the initial weights for a moment
-        now = copy.deepcopy(model.state_dict())  # there is room for it as long as there are no gradients
-        model.load_state_dict(learner.start)
-        batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
-        model.load_state_dict(now)
-        del now
-    metrics = rollout_metrics(episodes, batch, cfg)
-    adaptive = min(metrics["searches"] / 2, 1.0)  # v2: grows with the step's mean searches, 1 from two on
-    metrics["answer_weight"] = adaptive if cfg.answer_weight == "adaptive" else float(cfg.answer_weight)
-    updates = [update(learner, batch, mini_batch, metrics["answer_weight"], cfg)
-               for mini_batch in mini_batches * cfg.num_iterations]
-    for name in updates[0]:
-        metrics[name] = mean([info[name] for info in updates])
-    # Share of right responses that the updates made less likely, by 0.001 nats: less may be rounding.
-    right = batch.rewards.cpu() == 1                                                    # (N,)
-    rows_of_right = [rows[right[rows]] for rows in micro_batches if right[rows].any()]
-    new_logp, _ = all_logps(model, batch, rows_of_right, cfg.temperature)
-    metrics["displaced"] = mean((new_logp - batch.old_logp)[right].sum(dim=1) < -1e-3)
-    return metrics, batch
+    mini_batches = split(episodes, cfg)
+    micro_batches = list(itertools.chain(*mini_batches))
+    model.train()  # for gradient checkpointing; load_model() has put out all dropout
+    with mixed_precision(cfg):
+        batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
+        if cfg.beta > 0:  # no second model: ours takes up the initial weights for a moment
+            now = copy.deepcopy(model.state_dict())  # there is room: there are no gradients yet
+            model.load_state_dict(learner.initial_weights)
+            batch.ref_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
+            model.load_state_dict(now)
+            del now
+        metrics = rollout_metrics(episodes, batch, cfg)
+        gap = metrics["sampler_gap"] or 0.0  # in float32 it is 0, in bfloat16 some 0.04
+        says = f"log-probabilities in training are {gap:.2g} off those in the rollout (sampler_gap)"
+        check(gap < 0.5 or learner.updates > 0, "--model: this kind is not supported: " + says)
+        if gap > 0.1:
+            print("WARNING:", says, file=sys.stderr)
+        adaptive = min(metrics["searches"] / 2, 1.0)
+        metrics["answer_weight"] = adaptive if cfg.adaptive_answer_weight else cfg.answer_weight
+        infos, per_step = [], cfg.num_iterations * cfg.mini_batches
+        warm_up = int(cfg.warmup_ratio * cfg.steps * per_step)  # updates in which the rate rises
+        for _ in range(cfg.num_iterations):
+            for mini_batch in mini_batches:
+                info = backward(learner, batch, mini_batch, metrics["answer_weight"], cfg)
+                rate = cfg.learning_rate * min(1.0, learner.updates / warm_up if warm_up else 1.0)
+                info["grad_norm"] = optimizer_step(model, learner.optimizer, rate)
+                learner.updates += 1
+                infos.append(info)
+        new_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
+    # Displaced: the share of right responses that the updates have made less likely, although the
+    # loss asks for more. Below 0.001 nats it may be rounding; in bfloat16 much of it is.
+    change = (new_logp - batch.old_logp).sum(dim=1)                                     # (N,)
+    metrics["displaced"] = mean(change[batch.rewards == 1] < -1e-3)
+    return metrics | {name: mean([info[name] for info in infos]) for name in infos[0]}, batch
 
+def backward(learner, batch, mini_batch, answer_weight, cfg):
+    """Gradients of GRPO + lambda * LLDS + beta * KL on a mini-batch (v2 eq. 6). Returns metrics."""
+    # Normalisers of the whole mini-batch, on all processes: so micro-batches add up to its mean.
+    members = torch.cat(mini_batch)
+    lengths, good = batch.action_tokens[members], batch.advantages[members] >= 0
+    action_tokens, good_tokens = all_sum(torch.stack([lengths.sum(), lengths[good].sum()]))
+    sums = torch.zeros(5, device=DEVICE)
+    for rows in mini_batch:
+        advantages, action_id = batch.advantages[rows], batch.action_id[rows]
+        old_logp, mask = batch.old_logp[rows], action_id > 0
+        logp, _ = token_logps(learner.model, batch.ids[rows], action_id, cfg.temperature)
+        # Another policy loss, such as GSPO's, goes here; its denom may be another, too.
+        policy, counts = policy_loss(logp, old_logp, advantages, mask, cfg.clip, action_tokens)
+        llds, gates = llds_penalty(logp, old_logp, advantages, action_id, cfg.llds_gate,
+                                   batch.answer_mask[rows], answer_weight, good_tokens)
+        kl = torch.zeros_like(llds)
+        if cfg.beta > 0:
+            kl = kl_penalty(logp, batch.ref_logp[rows], mask, action_tokens)
+        loss = policy + learner.llds_lambda * llds + cfg.beta * kl  # the whole method
+        (loss * WORLD).backward()  # FSDP2 takes the mean over the processes, and we want the sum
+        sums += torch.stack([llds, kl, counts["clipped"], gates["units"], gates["open_units"]]).data
+    llds, kl, clipped, units, open_units = all_sum(sums).tolist()
+    return {"llds": llds, "kl": kl, "clip_frac": clipped / action_tokens.item(),
+            "llds_gate_frac": open_units / max(1, units)}
+def optimizer_step(model, optimizer, learning_rate):
+    """One update, the gradient cut to norm 1; none if it is not finite. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    if dist.is_initialized():
+        norm = norm.full_tensor()  # under FSDP2 each process has a part of it
+    optimizer.param_groups[0]["lr"] = learning_rate
+    if norm.isfinite():
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm.item()
+# --------------------------------------------------------------------------------------- metrics
+def all_sum(x):  # over all processes
+    if WORLD > 1:
+        dist.all_reduce(x)
+    return x
 def mean(values):
-    value = torch.as_tensor(values, dtype=torch.float64).mean().item()
-    return value if math.isfinite(value) else None  # in JSON null: no values, or one that is not finite
+    """Mean of all processes' values; None (in JSON null) if there are none or it is not finite."""
+    values = torch.as_tensor(values, dtype=torch.float64).cpu()
+    total, count = all_sum(torch.tensor([values.sum(), values.numel()], dtype=torch.float64))
+    return (total / count).item() if (total / count).isfinite() else None
 
 def rollout_metrics(episodes, batch, cfg):
-    """What a step's rollouts were like: {name: number}."""
-    is_action = batch.action_id > 0                                                     # (N, T)
-    right = (batch.rewards == 1)[:, None]                                               # (N, 1)
+    """What a step's episodes are like: {name: number}."""
+    acted, right = batch.action_id > 0, (batch.rewards == 1)[:, None]              # (N, T), (N, 1)
     searches = torch.tensor([[len(e.searches)] for e in episodes], device=DEVICE)       # (N, 1)
-    metrics = {"reward": mean(batch.rewards), "searches": mean(searches),
-               "first_action_match": first_action_match(episodes, cfg.group_size),
-               "entropy": mean(batch.entropy[is_action]), "action_tokens": mean(batch.action_tokens),
-               "zero_std_groups": mean((batch.advantages == 0).view(-1, cfg.group_size).all(dim=1))}
-    parts = {"logp_correct": right, "logp_wrong": ~right}
-    parts |= {f"logp_action{k}": right & (batch.action_id == k) for k in (1, 2)}
-    parts |= {f"logp_{n}searches": searches == n for n in range(cfg.max_turns + 1)}
-    for name, part in parts.items():
-        metrics[name] = mean(batch.old_logp[is_action & part])
-    return metrics
-
+    sampled = torch.tensor([logp for e in episodes for logp in e.sampled_logp], device=DEVICE)
+    gaps = (batch.old_logp[acted] - sampled).abs() if len(sampled) > 0 else []
+    parts = {"logp_correct": acted & right, "logp_wrong": acted & ~right}
+    parts |= {f"logp_action{k}": (batch.action_id == k) & right for k in (1, 2)}
+    parts |= {f"logp_{n}searches": acted & (searches == n) for n in range(cfg.max_turns + 1)}
+    return {"reward": mean(batch.rewards), "searches": mean(searches), "sampler_gap": mean(gaps),
+            "action_tokens": mean(batch.action_tokens), "entropy": mean(batch.entropy[acted]),
+            "first_action_match": first_action_match(episodes, cfg.group_size),
+            "zero_std_groups": mean((batch.advantages == 0).view(-1, cfg.group_size).all(dim=1)),
+            **{name: mean(batch.old_logp[part]) for name, part in parts.items()}}
 def first_action_match(episodes, group_size):
-    """Share of wrong responses, in groups with right ones, whose first search found the same (v2 fig. 5)."""
+    """Share of wrong responses beside right ones whose first search found the same (v2 fig. 5)."""
     matches = []
     for i in range(0, len(episodes), group_size):
         group = episodes[i:i + group_size]
-        found = [e.searches[:1] for e in group if e.reward]
-        wrong = [e.searches[:1] for e in group if found and not e.reward]
-        matches += [first in found and any(first) for first in wrong]  # any: it searched and found some
+        found_by_right = [e.searches[:1] for e in group if e.reward]
+        wrong = [e.searches[:1] for e in group if found_by_right and not e.reward]
+        matches += [found in found_by_right and any(found) for found in wrong]  # any: some passages
     return mean(matches)
 
 def evaluate(model, env, questions):
-    """Greedy episodes -> exact match and searches a question: of all, by set, and the mean of the sets."""
-    parts = {"": rollout(model, env, questions, temperature=0.0)}
-    for e in parts[""]:
-        if e.question.get("set"):
-            parts.setdefault("_" + e.question["set"], []).append(e)
-    scores = {}
-    for part, episodes in sorted(parts.items()):
-        scores["eval_em" + part] = mean([e.reward for e in episodes])
-        scores["eval_searches" + part] = mean([len(e.searches) for e in episodes])
-    if len(parts) > 2:
-        scores["eval_em_average"] = mean([scores["eval_em" + part] for part in parts if part])
-    return scores
-
-# --------------------------------------------------------------------------------------------------- train
-def start_run(model, start, llds_lambda, cfg):
-    """A learner: what training changes and a checkpoint keeps. start: initial weights, if not these."""
-    model.load_state_dict(start or model.state_dict())  # its own: no change
-    optimizer = adamw(model, cfg.learning_rate, cfg)
-    model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
-    warm_up = int(cfg.warmup_ratio * cfg.steps * cfg.num_iterations * cfg.mini_batches)
-    scheduler = get_scheduler("constant_with_warmup", optimizer, warm_up)
-    return SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler, start=start,
-                           llds_lambda=llds_lambda, history=[])
-
-def train(learner, noisy_env, env, questions, held_out, out, cfg):
-    """The algorithm: cfg.steps times rollouts in noisy_env, then updates. All is kept in the folder `out`."""
-    load_checkpoint(out, learner)
-    order, shuffle = [], random.Random(cfg.seed)
-    while len(order) < cfg.steps * cfg.questions_per_step:  # every question once, then all again
-        order += shuffle.sample(questions, len(questions))
-    for step in range(len(learner.history) + 1, cfg.steps + 1):
-        torch.manual_seed(hash((cfg.seed, step)) + RANK)  # so a resumed run draws the same numbers
-        began = time.perf_counter()
-        asked = order[(step - 1) * cfg.questions_per_step:step * cfg.questions_per_step]
-        episodes = rollout(learner.model, noisy_env, asked, cfg.group_size, cfg.temperature)
-        metrics, _ = train_step(learner, episodes, cfg)
-        learner.history.append({"step": step, **metrics, "seconds": time.perf_counter() - began})
-        last = step == cfg.steps
-        if last or step % cfg.eval_steps == 0:
-            show(env, episodes[0], with_prompt=step == cfg.eval_steps)
-            learner.history[-1].update(evaluate(learner.model, env, held_out))
-        log_step(out, learner.history)
-        if last or step % cfg.save_steps == 0:
-            save_checkpoint(out, learner)
-    whole = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = states.get_model_state_dict(learner.model, options=whole)
-    if RANK == 0:
-        learner.model.save_pretrained(out, state_dict=weights)
-        env.tok.save_pretrained(out)
-
-STEP_LINE = "reward logp_correct logp_wrong entropy displaced grad_norm llds searches seconds eval_em".split()
-def log_step(out, history):
-    """Writes metrics.jsonl, and prints the last step."""
-    row = history[-1]
-    if RANK == 0:
-        (out / "metrics.jsonl").write_text("\n".join(map(json.dumps, history)) + "\n")
-    shown = [f" {name} {row[name]:6.3f}" for name in STEP_LINE if row.get(name) is not None]
-    print(f"step {row['step']:4}", *shown, flush=True)
-
-def save_checkpoint(out, learner):
-    """Writes all that a resumed run needs. It gets its name once it is complete; then older ones go."""
-    older, unfinished = list(out.glob("checkpoint-*[0-9]")), out / "unfinished"
-    weights, moments = states.get_state_dict(learner.model, learner.optimizer)
-    writer = dcp.FileSystemWriter(unfinished, per_thread_copy_ahead=0)  # in turn, without CUDA streams
-    dcp.save({"weights": weights, "moments": moments}, storage_writer=writer, no_dist=WORLD == 1)
-    write(unfinished / "rest.json", {"scheduler": learner.scheduler.state_dict(), "history": learner.history})
-    if RANK == 0:
-        unfinished.rename(out / f"checkpoint-{len(learner.history)}")
-        for folder in older:
-            shutil.rmtree(folder)
-
-def load_checkpoint(out, learner):
-    """Takes up the last checkpoint in out, if there is one, written by any number of processes."""
-    complete = sorted(out.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    for folder in complete[-1:]:
-        with supplied(folder, (Exception, dcp.CheckpointException)):
-            model, optimizer = learner.model, learner.optimizer
-            weights, moments = states.get_state_dict(model, optimizer)  # of the right shapes, to be filled
-            dcp.load({"weights": weights, "moments": moments}, checkpoint_id=folder, no_dist=WORLD == 1)
-            states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-            rest = json.loads((folder / "rest.json").read_text())
-            del rest["scheduler"]["base_lrs"]  # another --learning_rate holds from the second update on
-            learner.scheduler.load_state_dict(rest["scheduler"])
-            learner.history = rest["history"]
-
-def show(env, e, with_prompt=False):
-    """An episode by its loss mask: trained is bright, the answer green or red, the rest dim or in [[ ]]."""
-    colours = [1 if k else 2 for k in e.action_id]  # the terminal's codes: 1 bright, 2 dim, 31 red, 32 green
-    if e.answer_start is not None and e.question["golden_answers"]:
-        colours[e.answer_start:] = [32 if e.reward else 31] * (len(e.ids) - e.answer_start)
-    print("\n" + e.question["question"], f"-> reward {e.reward:g}" if e.question["golden_answers"] else "")
-    shown = range(0 if with_prompt else e.action_id.index(1), len(e.ids))
-    for colour, positions in groupby(shown, key=colours.__getitem__):
-        text = env.tok.decode([e.ids[t] for t in positions])
-        if sys.stdout.isatty():
-            text = f"\033[{colour}m{text}\033[0m"
-        elif colour == 2:
-            text = f"[[{text}]]"
-        print(text, end="")
+    """Greedy episodes -> exact match and searches: of all, by set, and the average of the sets."""
+    episodes = rollout(model, env, questions, temperature=0.0)
+    sets, scores = sorted({q["set"] for q in questions if q["set"]}), {}
+    for name in ["", *sets]:
+        some = [e for e in episodes if name in ("", e.question["set"])]
+        scores["eval_em_" + name] = mean([e.reward for e in some])
+        scores["eval_searches_" + name] = mean([len(e.searches) for e in some])
+    if len(sets) > 1:
+        scores["eval_em_average"] = sum(scores["eval_em_" + name] for name in sets) / len(sets)
+    return {name.rstrip("_"): score for name, score in scores.items()}
+def show(env, e):
+    """Prints an episode by its loss mask: what is not trained stands in [[ ]]."""
+    print(f"\n{e.question['question']} -> reward {e.reward:g}")
+    places = range(e.action_id.index(1), len(e.ids))
+    for action, some in itertools.groupby(places, key=lambda t: e.action_id[t]):
+        text = env.tok.decode([e.ids[t] for t in some])
+        print(text if action > 0 else f"[[{text}]]", end="")
     print("\n")
-
-def sparkline(values):
-    values = values[::math.ceil(len(values) / 60)]  # at most 60 characters
-    low, high = min(values), max(values)
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (value - low) / (high - low or 1))] for value in values)
-
 CURVES = "eval_em reward logp_correct displaced entropy grad_norm".split()
-def report(runs, plot):
-    """Prints each run's curves, and draws them into the file `plot`, if any. runs: {name: history}."""
-    if plot:
-        from matplotlib import pyplot
-        pyplot.figure(figsize=(12, 6), layout="constrained")
-    for run, history in runs.items():
-        print(f"\n{run}")
-        for i, name in enumerate(CURVES):
-            rows = [row for row in history if row.get(name) is not None]
-            values = [row[name] for row in rows]
-            if values:
-                print(f"  {name:13}{values[0]:8.3f} ->{values[-1]:8.3f}  {sparkline(values)}")
-            if plot:
-                pyplot.subplot(2, 3, i + 1, title=name)
-                pyplot.plot([row["step"] for row in rows], values, label=run)
-    if plot:
-        pyplot.legend()
-        pyplot.savefig(plot)
-
-def load_model(cfg, passages, questions):
-    """(tokenizer, model) of --model: from hub or disk, or the built-in ones, which know the corpus' words."""
-    with supplied(f"--model {cfg.model}"):
-        if cfg.model == "tiny":
-            tok, model = tiny_agent(passages, questions, cfg.top_k)
-        else:
-            # Not AutoTokenizer: it goes by the model's type, and would take Qwen2's for our saved agent.
-            tok = PreTrainedTokenizerFast.from_pretrained(cfg.model)
-            model = AutoModelForCausalLM.from_pretrained(cfg.model, dtype="float32", attention_dropout=0,
-                                                         attn_implementation="sdpa")
-        if cfg.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # in train mode, see token_logps()
-        model = shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
-        check_model(model, tok)
-    return tok, model
-
-@torch.no_grad()
-def check_model(model, tok):
-    """Refuses a model whose own forward gives other logits in training, or would do so in a longer text."""
-    kinds = {vars(model.config).get("sliding_window") or None, *(vars(model.config).get("layer_types") or [])}
-    check(kinds <= {None, "full_attention"}, f"--model: sliding_window or layer_types {kinds}: not supported")
-    check(len(tok) <= model.get_input_embeddings().num_embeddings, "--model: tokenizer beyond embedding")
-    ids = tok.encode(PROMPT)
-    ours = feed(model.eval(), SlotCache(1, len(ids)), {0: SimpleNamespace(ids=ids, read=0)})        # (1, V)
-    theirs = type(model).forward(model.train(), torch.tensor([ids], device=DEVICE)).logits[:, -1].float()
-    gap = (ours.log_softmax(dim=1) - theirs.log_softmax(dim=1)).abs().mean().item()
-    check(gap < 0.1, f"--model: log-probabilities in a rollout are off by {gap:.2g}")
-
-@supplied("--warm_steps needs questions with 'hops' and a 'path' in the corpus", (LookupError, TypeError))
-def warm_start(model, env, passages, questions, cfg):
-    """Supervised steps on the actions of scripted episodes, so that GRPO's model knows the format."""
-    optimizer = adamw(model, cfg.warm_learning_rate, cfg, betas=(0.9, 0.98))
-    scheduler = get_scheduler("linear", optimizer, cfg.warm_steps // 10, cfg.warm_steps)
-    learner = SimpleNamespace(model=model, optimizer=optimizer, scheduler=scheduler)
-    for episodes in tqdm(lessons(env, passages, questions, cfg.warm_steps), "warm start", cfg.warm_steps):
-        batch = collate(episodes, len(episodes))
-        micro_batches = next(split(episodes, 1, 1, cfg.micro_batch_tokens))
-        for rows, action_id in shares(micro_batches, batch.action_id):
-            logp, _ = token_logps(model, batch.ids[rows], action_id)
-            (-logp.sum() / batch.action_tokens.sum() * WORLD).backward()
-        optimizer_step(learner)
-
-@supplied("the prompt of a question")
-def fitting(env, questions):
-    """The questions of --hops hops whose prompts leave room for an answer."""
-    hops, room = env.cfg.hops, env.max_length
-    some = [q for q in questions if hops in (0, q.get("hops", hops)) and len(env.reset(q).ids) < room]
-    check(some or not questions, f"no question has --hops {hops} and fits into the model's context")
-    print(len(some), "of", len(questions), "questions fit --hops and the model's context")
-    return some
-
-@supplied("memory is full; lower --micro_batch_tokens or --rollout_batch", torch.OutOfMemoryError)
-@supplied("a file, the retrieval server, or Ctrl-C", (OSError, KeyboardInterrupt, dcp.CheckpointException))
-def main(argv=None):
-    cfg = parse_config(argv)
-    start_processes(cfg)
-    set_seed(cfg.seed % 2 ** 32)
-    torch.set_autocast_enabled(DEVICE, cfg.dtype == "bfloat16")  # not the weights: they would swallow updates
-    torch.set_autocast_dtype(DEVICE, torch.bfloat16)
-    torch.set_autocast_cache_enabled(False)  # a kept cast is stale after an update; only rollout() keeps any
-    corpus = cfg.corpus or str(Path(__file__).with_name("tiny_corpus.jsonl"))
-    passages = load_corpus(corpus)
-    questions = [] if cfg.ask or cfg.eval else load_questions(cfg.train_data or corpus, "train")
-    asked = [{"question": cfg.ask, "golden_answers": []}]
-    held_out = asked if cfg.ask else load_questions(cfg.eval_data or corpus, "test")
-    everything = questions + held_out  # known to the tokenizer; the warm start swaps the names in them
-    tok, model = load_model(cfg, passages, everything)
-    retriever = HTTPRetriever(cfg.retriever_url) if cfg.retriever_url else BM25(passages)
-    env = Environment(tok, retriever, cfg, model.config.max_position_embeddings)
-    eos = model.generation_config.eos_token_id  # None, a number or several
-    env.eos_ids.update(eos if isinstance(eos, list) else [eos])
-    questions, held_out = fitting(env, questions), fitting(env, held_out)
-    noisy_env = copy.copy(env)
-    noisy_env.retriever = ErringRetriever(retriever, passages, cfg.retrieval_noise)
-    if cfg.ask:
-        show(env, *rollout(model, env, held_out, temperature=0.0))
-        return
-    several = len(cfg.llds_lambda) > 1
-    stamp = time.strftime(f"%y%m%d-%H%M%S-{os.getpid()}")
-    out = everyone(Path(cfg.resume or cfg.output_dir or f"runs/{Path(cfg.model).name}-{stamp}"))[0]
+def report(runs):
+    """Prints the curves of each run, at most 60 characters wide. runs: {name: history}."""
+    for run, name in itertools.product(runs, CURVES):
+        values = [row[name] for row in runs[run] if row.get(name) is not None] or [math.nan]
+        low, span = min(values), max(max(values) - min(values), 1e-9)
+        some = [value for value in values[::len(values) // 60 + 1] if value == value]  # no NaN
+        heights = [int(7 * (value - low) / span) for value in some]
+        curve = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
+        print(f"{run:11}{name:13}{values[0]:7.3f} ->{values[-1]:7.3f} {curve}")
+# ---------------------------------------------------------------------- training, a run's folder
+def train(learner, noisy_env, env, questions, held_out, folder, cfg):
+    """The algorithm: cfg.steps times a rollout in noisy_env, then updates."""
+    load_checkpoint(folder, learner)
+    history = learner.history
+    if not history:
+        history.append({"step": 0, **evaluate(learner.model, env, held_out)})
+        log_step(folder, history)
+    for step in range(history[-1]["step"] + 1, cfg.steps + 1):
+        began, last = time.perf_counter(), step == cfg.steps
+        draw = random.Random(f"{cfg.seed} {step}")  # a resumed run draws the same, here and below
+        pool = questions * (1 + cfg.questions_per_step // len(questions))
+        asked = draw.sample(pool, cfg.questions_per_step)
+        torch.manual_seed(10**9 * cfg.seed + 1000 * step + RANK)
+        mine = asked[RANK::WORLD]
+        episodes = rollout(learner.model, noisy_env, mine, cfg.group_size, cfg.temperature)
+        metrics, _ = train_step(learner, episodes, cfg)
+        history.append({"step": step, **metrics, "seconds": time.perf_counter() - began})
+        if last or step % cfg.eval_steps == 0:
+            show(env, episodes[0])
+            history[-1] |= evaluate(learner.model, env, held_out)
+        log_step(folder, history)
+        if last or step % cfg.save_steps == 0:
+            save_checkpoint(folder, learner)
+    save_model(learner.model, env.tok, folder)
+def write(path, rows):
+    """A line of JSON for each row. It is moved into place, so who is killed leaves the old file."""
     if RANK == 0:
-        with supplied(f"--output_dir {out}"):
-            out.mkdir(parents=True, exist_ok=bool(cfg.resume))  # a new folder is claimed before all computing
-    flags = vars(cfg) | {"output_dir": "", "resume": ""}
-    write(out / "flags.json", flags)
-    warm_start(model, env, passages, everything, cfg)  # with --resume too: no checkpoint keeps these weights
-    if not cfg.resume:
-        scores = evaluate(model, env, held_out)
-        print("held-out questions:", *(f" {name} {value:.3f}" for name, value in scores.items()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_name(path.name + ".new")
+        new.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        new.replace(path)
+def log_step(folder, history):
+    write(folder / "metrics.jsonl", history)
+    row, names = history[-1], [*CURVES, "logp_wrong", "llds", "searches", "seconds"]
+    shown = [f" {name} {row[name]:6.3f}" for name in names if row.get(name) is not None]
+    print(f"step {row['step']:4}", *shown, flush=True)
+WHOLE = states.StateDictOptions(full_state_dict=True, cpu_offload=True)  # of all processes' parts
+def save_model(model, tok, folder):
+    """In the form that from_pretrained() and --model load."""
+    weights = states.get_model_state_dict(model, options=WHOLE)
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tok.save_pretrained(folder)
+def checkpoints(folder):
+    """The steps of complete checkpoints. Other names, such as those of copies, are left alone."""
+    names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+def save_checkpoint(folder, learner):
+    """A file with what a resumed run needs. It gets its name once it is complete; older ones go."""
+    step, unfinished = learner.history[-1]["step"], folder / "unfinished"
+    weights, moments = states.get_state_dict(learner.model, learner.optimizer, options=WHOLE)
+    if RANK == 0:
+        torch.save({"weights": weights, "moments": moments, "updates": learner.updates,
+                    "history": learner.history}, unfinished)
+        unfinished.rename(folder / f"checkpoint-{step}")
+        for older in checkpoints(folder):
+            if older < step:
+                (folder / f"checkpoint-{older}").unlink()
+
+def load_checkpoint(folder, learner):
+    """Takes up the last checkpoint, if there is one, of however many processes."""
+    for step in checkpoints(folder)[-1:]:
+        path = folder / f"checkpoint-{step}"
+        with blame(path):
+            saved = torch.load(path, map_location="cpu", mmap=True)
+            states.set_state_dict(
+                learner.model, learner.optimizer, options=WHOLE,
+                model_state_dict=saved["weights"], optim_state_dict=saved["moments"])
+            learner.updates, learner.history = saved["updates"], saved["history"]
+# ------------------------------------------------------------------------ models, the warm start
+def load_model(name, cfg, passages, questions):
+    """(tokenizer, model) of a name or folder; 'tiny' is made anew and knows the corpus' words."""
+    if name == "tiny":
+        tok, model = tiny_agent(passages, questions, cfg.top_k)
+    else:
+        if Path(name).is_dir() and not Path(name, "config.json").exists():
+            check(not [*Path(name).glob("lambda_*")], f"--model {name}: take one of its lambda_*")
+            check(not Path(name, "flags.json").exists(), f"--resume {name}: it has no model yet")
+        with blame(f"--model {name}"):
+            config = AutoConfig.from_pretrained(name, attention_dropout=0.0)
+            # Not AutoTokenizer: it goes by the model's type, and would take Qwen2's for our agent.
+            tok = PreTrainedTokenizerFast.from_pretrained(name)
+            model, info = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="float32",
+                attn_implementation="sdpa", output_loading_info=True)
+            check(not info["missing_keys"], f"--model {name} lacks {info['missing_keys']}")
+    config = model.config
+    window = getattr(config, "sliding_window", None) or config.max_position_embeddings
+    layers = {"full_attention", *(getattr(config, "layer_types", None) or [])}
+    check(len(layers) == 1 and window >= config.max_position_embeddings,
+          f"--model {name}: only full attention is supported, not {layers} or a window of {window}")
+    check(len(tok) <= config.vocab_size, f"--model {name}: fewer embeddings than tokens")
+    check(all(w.isfinite().all() for w in model.parameters()), f"--model {name}: a weight is NaN")
+    if cfg.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return tok, shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
+
+def warm_start(model, env, passages, questions, cfg):
+    """Supervised steps on the actions of scripted episodes: so the model knows the format."""
+    optimizer, steps = adamw(model, betas=(0.9, 0.98)), cfg.warm_steps
+    model.train()
+    batches = lessons(env, passages, questions, steps)
+    for step, episodes in enumerate(tqdm(batches, "warm start", steps, disable=RANK > 0)):
+        batch, mine = collate(episodes, len(episodes)), slice(RANK, None, WORLD)
+        with mixed_precision(cfg):
+            logp, _ = token_logps(model, batch.ids[mine], batch.action_id[mine])
+        (-logp.sum() / batch.action_tokens.sum() * WORLD).backward()  # WORLD: see backward()
+        done = step / steps  # the rate rises in the first tenth, then falls to 0
+        optimizer_step(model, optimizer, cfg.warm_learning_rate * min(10 * done, 1 - done))
+# --------------------------------------------------------------- several GPUs: torchrun and FSDP2
+# Each process has a GPU, plays its share of a step's questions and trains on these. Gradients,
+# normalisers and metrics are added up. FSDP2 leaves each process a part of all weights, gradients
+# and moments (with --cpu_offload in the CPU's memory), and gathers a layer's weights for use.
+def start_processes(cfg):
+    """Joins torchrun's processes. For --cpu_offload a single process makes a group of its own."""
+    if (WORLD > 1 or RANK > 0 or cfg.cpu_offload) and not dist.is_initialized():
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+        with blame("RANK or WORLD_SIZE is set, but not by torchrun"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", **alone)
+    if GPU:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+def shard(model, cfg):
+    """A rollout's first pass gathers all weights, and they stay until a backward pass. So the
+    processes must make equally many passes in an update, but not in a rollout."""
+    policy = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
+    offload = fsdp.CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else fsdp.OffloadPolicy()
+    mesh = dist.init_device_mesh(DEVICE, (WORLD,))
+    for part in [*model.base_model.layers, model]:
+        fsdp.fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy,
+                         offload_policy=offload)
+    return model
+# ------------------------------------------------------------------------------------------ main
+def run(cfg):
+    start_processes(cfg)
+    set_seed(cfg.seed)
+    passages = load_corpus(cfg.corpus)
+    retriever = HTTPRetriever(cfg.retriever_url).probe() if cfg.retriever_url else BM25(passages)
+    held_out = [] if cfg.ask else load_questions(cfg.eval_data or cfg.corpus, "test")
+    trains = not cfg.ask and not cfg.eval
+    questions = load_questions(cfg.train_data or cfg.corpus, "train") if trains else []
+    # The built-in agent knows the words of all questions, and its warm start asks all, also those
+    # held out. It learns no answers by that: there the names are scrambled.
+    everything, start = questions + held_out, Path(cfg.resume, "start")
+    started = cfg.resume != "" and start.exists()
+    tok, model = load_model(str(start) if started else cfg.model, cfg, passages, everything)
+    context, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id
+    env = Environment(tok, retriever, cfg, eos if isinstance(eos, list) else [eos])
+    if cfg.ask:
+        question = {"question": cfg.ask, "golden_answers": [], "set": None, "where": "--ask"}
+        e, = rollout(model, env, keep_fitting(env, [question], context), temperature=0.0)
+        show(env, e)
+        return print(text_in_tag("answer", tok.decode(e.ids[e.action_start:])) or "no answer")
+    held_out = keep_fitting(env, held_out, context)
+    questions = keep_fitting(env, questions, context) if trains else []
+    check_lessons(passages, everything if cfg.warm_steps > 0 else [])
+    check(WORLD == 1 or cfg.resume or cfg.output_dir, "several processes need one --output_dir")
+    flags, new_name = vars(cfg) | {"output_dir": "", "resume": ""}, Path(cfg.model).name
+    folder = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/{new_name}-%y%m%d-%H%M%S"))
+    check(cfg.resume or RANK > 0 or not folder.exists(), f"--output_dir {folder} exists")
+    write(folder / "flags.json", [flags])
+    if not started and (cfg.warm_steps > 0 or cfg.model == "tiny"):
+        warm_start(model, env, passages, everything, cfg)
+        save_model(model, tok, folder / "start.new")
+        write(folder / "start.new/flags.json", [flags])
+        if RANK == 0:
+            (folder / "start.new").rename(folder / "start")
     if cfg.eval:
-        write(out / "eval.json", scores | {"flags": vars(cfg)})
-        return
-    weights = model.state_dict().items() if several or cfg.beta else []
-    runs, start = {}, {name: x.to("cpu", copy=True) for name, x in weights}  # takes no room on the GPU
+        scores = evaluate(model, env, held_out)
+        print(*(f"{name} {value:.3f}" for name, value in scores.items()), sep="\n")
+        return write(folder / "eval.json", [scores | {"flags": flags}])
+    initial_weights = {name: x.to("cpu", copy=True) for name, x in model.state_dict().items()}
+    noisy_env, runs = copy.copy(env), {}
+    noisy_env.retriever = ErringRetriever(retriever, passages, cfg.retrieval_noise)
     for llds_lambda in cfg.llds_lambda:
-        folder = out / f"lambda_{llds_lambda:g}" if several else out
-        folder.mkdir(exist_ok=True)
-        write(folder / "flags.json", flags | {"llds_lambda": [llds_lambda]})
-        print(f"\nlambda {llds_lambda:g}: {folder}")
-        learner = start_run(model, start, llds_lambda, cfg)
-        train(learner, noisy_env, env, questions, held_out, folder, cfg)
-        runs[f"lambda {llds_lambda:g}"] = learner.history
-    report(runs, out / "curves.png" if cfg.plot and RANK == 0 else None)
+        name = f"lambda_{llds_lambda:g}"
+        part = folder / name if len(cfg.llds_lambda) > 1 else folder
+        write(part / "flags.json", [flags | {"llds_lambda": [llds_lambda]}])
+        print(f"\n{name}: {part}")
+        learner = new_learner(model, initial_weights, llds_lambda, cfg)
+        train(learner, noisy_env, env, questions, held_out, part, cfg)
+        runs[name] = learner.history
+    report(runs)
+
+def main(argv=None):
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
+        sys.stdout.reconfigure(errors="replace")  # a terminal may lack the curves' characters
+    cfg = parse_config(argv)
+    try:
+        with redirect_stdout(sys.stdout if RANK == 0 else None):
+            run(cfg)
+    except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
+        stop(f"{type(error).__name__} {error}: go on by --resume and the run's folder; where memory"
+             " is full, with a lower --micro_batch_size or --rollout_batch")
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without the curves' characters is no reason to stop
     main()
-    if dist.is_initialized():
+    if WORLD > 1:
         sys.stdout.flush()
         os._exit(0)  # at once: in an ordinary exit Gloo's threads abort one process in ten or so
