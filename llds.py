@@ -19,15 +19,15 @@ and makes several *updates* with them, each on a *mini-batch* of whole groups:
         loss = policy_loss(logp, old_logp, A) + lambda * llds_penalty(logp, old_logp, A)
         loss.backward(); optimizer.step()
 The trouble. GRPO makes the tokens of wrong responses (A < 0) less likely. These often share much
-with right ones, such as the first search. The same weights in nearly the same hidden states give
-both their likelihood, so pushing one down also pushes down the other. Right responses lose
-likelihood although the loss asks for more: lazy likelihood displacement. What has become unlikely
-is displaced more easily. The reward stalls, falls, and can end at 0: the collapse.
+with right ones, such as the first search. What they share gets its likelihood from the same weights
+in nearly the same hidden states, so pushing it down in wrong responses pushes it down in right
+ones. These lose likelihood although the loss asks for more: lazy likelihood displacement. The
+reward stalls, falls, and can end at 0: the collapse.
 The cure. LLDS penalises max(0, old_logp - logp), what a token has lost since it was sampled, in
 responses no worse than their group (A >= 0), while the response as a whole has lost likelihood;
 this condition is the *gate*. At a step's first update nothing has changed, and the penalty is 0.
-Paper: arXiv 2512.04220; v1 and v2 are its versions. Shapes: N responses, T tokens in the longest,
-M tokens in all actions, D numbers in a hidden state, V words known."""
+Paper: arXiv 2512.04220, v1 and v2 are its versions; it builds on Search-R1. Shapes: N responses, T
+tokens in the longest, M tokens in all actions, D numbers in a hidden state, V words known."""
 import copy, itertools, json, math, os, random, re, sys, time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
@@ -43,8 +43,9 @@ from tqdm import tqdm
 from transformers import (AutoConfig, AutoModelForCausalLM, Cache, HfArgumentParser,
                           PreTrainedTokenizerFast, set_seed)
 from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, TAG, ErringRetriever, HTTPRetriever,
-                       check_lessons, clean, exact_match, format_passages, keep_fitting, lessons,
-                       load_corpus, load_questions, text_in_tag, tiny_agent)
+                       check_folder, check_lessons, clean, exact_match, format_passages,
+                       keep_fitting, lessons, load_corpus, load_questions, show, text_in_tag,
+                       tiny_agent)
 from retriever import blame, check, stop  # each ends the program with one sentence
 GPU, DEVICE = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
@@ -55,7 +56,7 @@ def group_advantages(rewards, group_size):
     std and 1e-6 as in the authors' code). rewards: (N,), a group's side by side. Returns (N,)."""
     groups = rewards.float().view(-1, group_size)                # (N / group_size, group_size)
     std, mean = torch.std_mean(groups, dim=1, keepdim=True)
-    # Equal rewards give exactly 0: by a rounded mean A could be negative, and LLDS skip the group.
+    # Equal rewards give exactly 0. Rounding could make A negative; LLDS would skip the group.
     lowest, highest = groups.aminmax(dim=1, keepdim=True)
     return torch.where(lowest < highest, (groups - mean) / (std + 1e-6), 0.0).view(-1)
 def action_ids(mask):
@@ -68,7 +69,6 @@ def masked_mean(x, mask, denom=None):
     """Mean of x where mask is 1, both (N, T). denom replaces the number of ones: with that of the
     whole mini-batch, the results of its micro-batches add up to its mean."""
     return (x * mask).sum() / max(1, mask.sum() if denom is None else denom)
-
 def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     """GRPO's clipped objective with masked feedback (v2 eq. 1), as a mean over tokens like the
     authors' code. logp, old_logp, mask: (N, T). advantages: (N,), else RuntimeError.
@@ -84,8 +84,8 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     loss = -masked_mean(torch.min(free, clipped), mask, denom)
     return loss, {"clipped": (clipped < free).sum()}
 def kl_penalty(logp, ref_logp, mask, denom=None):
-    """KL divergence from the initial model, as a mean over tokens of the estimate "k3":
-    exp(r) - r - 1 with r = ref_logp - logp. All (N, T)."""
+    """KL divergence from the initial model, as a mean over tokens of Schulman's estimate "k3":
+    exp(r) - r - 1 with r = ref_logp - logp, which is never negative. All (N, T)."""
     r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)
     return masked_mean(r.exp() - r - 1, mask, denom)
 
@@ -117,12 +117,16 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
     change = lost.detach().float()  # for the gate, through which no gradient flows
     if gate == "token":
         units, fallen = preserved, change > 0                                           # (N, T)
-    else:  # members: for each of K units of a response, which tokens belong to it; K = 1: all
-        k = torch.arange(1, int(action_id.max()) + 1, device=logp.device)[:, None, None]
-        members = preserved & (action_id == k) if gate == "action" else preserved[None] # (K, N, T)
-        units = members.any(dim=2, keepdim=True)                                        # (K, N, 1)
-        fallen = (change * members).sum(dim=2, keepdim=True) > 0                        # (K, N, 1)
-    is_open = fallen if gate == "token" else (members & fallen).any(dim=0)              # (N, T)
+        is_open = fallen
+    elif gate == "response":
+        units, fallen = preserved.any(dim=1), change.sum(dim=1) > 0                     # (N,)
+        is_open = fallen[:, None]  # for all tokens of a row
+    else:
+        k = torch.arange(1, int(action_id.max()) + 1, device=logp.device)  # K actions
+        members = preserved[..., None] & (action_id[..., None] == k)                    # (N, T, K)
+        units = members.any(dim=1)                                                      # (N, K)
+        fallen = (change[..., None] * members).sum(dim=1) > 0                           # (N, K)
+        is_open = (members & fallen[:, None]).any(dim=2)                                # (N, T)
     penalty = torch.relu(lost) * is_open  # relu, as clamp has gradient 1 where exactly 0 was lost
     if answer_weight != 1:
         penalty = penalty * torch.where(answer_mask.bool(), answer_weight, 1.0)
@@ -167,11 +171,11 @@ class Config:
         "help": "weight of LLDS; several: a run each, from one start"})
     llds_gate: Literal["token", "response", "action"] = flag("response", "what must have fallen")
     answer_weight: float = flag(1.0, "of the final answer's tokens in LLDS (below 1: LLDS-MA)")
-    adaptive_answer_weight: bool = flag(False, "instead: mean searches / 2, at most 1 (v2)")
+    adaptive_answer_weight: bool = flag(False, "instead: mean searches of a step / 2, at most 1")
     # The warm start: supervised learning from scripted episodes, before GRPO
     warm_steps: int = flag(800, "supervised steps")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
-    early_answers: float = flag(0.6, "share of two-hop scripts that answer after one search")
+    early_answers: float = flag(0.6, "share of two-hop scripts (see lessons) that search once")
     # Memory and speed
     rollout_batch: int = flag(256, "episodes that share the KV cache at a time")
     micro_batch_size: int = flag(8, "episodes in one forward and backward pass")
@@ -195,14 +199,13 @@ PRESETS = {
     "collapse": dict(  # GRPO alone loses what it knew, LLDS goes on learning
         hops=2, max_turns=5,  # two searches are needed, and there is room to search again
         retrieval_noise=0.25,  # responses that search rightly and are wrong by bad luck
-        early_answers=0.3, freeze_embeddings=True,  # the agent begins with something to lose
+        early_answers=0.3, freeze_embeddings=True,  # an agent with something to lose: how to search
         mini_batches=8, num_iterations=3,  # 24 updates a step: time to drift away from old_logp
         learning_rate=3e-4, steps=120)}
 # Lowest and highest value. Other counts: 1 to a billion; other numbers: 0 to a billion.
 RANGES = dict(steps=(0, 1e12), warm_steps=(0, 1e9), seed=(0, 1e9), hops=(0, 9), group_size=(2, 1e6),
               max_feedback_tokens=(32, 1e6), temperature=(1e-3, 1e9), retrieval_noise=(0, 1),
               early_answers=(0, 1), warmup_ratio=(0, 1), answer_weight=(0, 1))
-
 def parse_config(argv=None):
     """Command line -> Config. What is typed replaces what a run has saved, and this the preset."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -219,12 +222,13 @@ def parse_config(argv=None):
             for name, value in json.loads(path.read_text(encoding="utf-8")).items():
                 saved += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         saved += [] if typed.resume else ["--warm_steps", "0"]  # --model had its warm start
-    before, cfg = parser.parse_args(saved), Config(**vars(parser.parse_args(saved + argv)))
+    as_saved = vars(parser.parse_args(saved))
+    cfg = Config(**vars(parser.parse_args(saved + argv)))  # what comes later wins
     for name, value in vars(cfg).items():
         fixed = cfg.resume and name in ("model", "preset", "llds_lambda", "seed", "output_dir")
-        check(not fixed or value == vars(before)[name], f"--resume: no other --{name} beside it")
+        check(not fixed or value == as_saved[name], f"--resume: no other --{name} beside it")
         for number in value if isinstance(value, list) else [value]:
-            lowest, highest = RANGES.get(name, (int(type(number) is int), 1e9))
+            lowest, highest = RANGES.get(name, (1 if type(number) is int else 0, 1e9))
             check(type(number) not in (int, float) or lowest <= number <= highest,
                   f"--{name} must be from {lowest:g} to {highest:g}, not {number}")
     names, parts = {f"{number:g}" for number in cfg.llds_lambda}, cfg.mini_batches * WORLD
@@ -280,7 +284,7 @@ class Environment:
     def complete(self, e):
         """Is the current action complete: by its length, an end of text, or a closing tag?"""
         action = e.ids[e.action_start:]
-        # A tag is seldom one token: "</", "search", ">\n". 9 tokens hold one spelled by letters.
+        # A tag is seldom one token: "</", "search", ">\n". It has 9 letters, so 9 tokens will do.
         tail, full = self.tok.decode(action[-9:]), len(action) >= self.cfg.max_new_tokens
         return full or action[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
     def respond(self, episodes):
@@ -307,7 +311,7 @@ class Environment:
         for e, passages in zip(searching, found):
             text = format_passages(passages)[:100 * room]  # encoding more would only take long
             self.append(e, opening + self.encode(clean(text, self.forbidden))[:room] + closing)
-            # For the metrics, a search that erred counts as what it should have found.
+            # For the metrics a search that ErringRetriever spoilt counts as it should have been.
             e.searches.append([hit.get("instead_of", hit["contents"]) for hit in passages])
     def append(self, e, feedback):  # and open the next turn
         e.ids, e.action_id = e.ids + feedback, e.action_id + [0] * len(feedback)
@@ -320,7 +324,7 @@ class Environment:
 # A token that is fed a second time writes the same into its cell again. So a row that has nothing
 # new to read in a pass can be fed its last token once more.
 class SlotCache(Cache):
-    """Keys and values of all rows. feed() sets which rows and positions the next pass is about."""
+    """Keys and values of all rows. feed() sets row_numbers, position, seen_rows, used of a pass."""
     def __init__(self, rows, cells):
         super().__init__(layers=[])
         self.rows, self.cells = rows, cells
@@ -335,7 +339,6 @@ class SlotCache(Cache):
             # Under autocast the rotary embedding makes the keys float32.
             by_cell[self.row_numbers, self.position] = new.transpose(1, 2).to(buffer.dtype)
         return self.buffers[layer][:, self.seen_rows, :, :self.used]
-
 def feed(model, cache, live):
     """One pass: each episode of {row: episode} reads its ids that are not yet in the cache, or its
     last id again. Returns the logits of each one's next token, (rows, V)."""
@@ -347,9 +350,10 @@ def feed(model, cache, live):
         ids.append([e.ids[t] for t in position[-1]])
         e.cached = len(e.ids)  # true once this pass is over
     ids, position = torch.tensor([ids, position], device=DEVICE)              # (rows, width) each
-    rows, cache.position, cache.used = list(live), position, max(e.cached for e in live.values())
-    cache.row_numbers = torch.tensor(rows, device=DEVICE)[:, None]                      # (rows, 1)
-    cache.seen_rows = rows if rows != list(range(len(rows))) else slice(len(rows))  # without a copy
+    cache.position, cache.used = position, max(e.cached for e in live.values())
+    cache.row_numbers = torch.tensor(list(live), device=DEVICE)[:, None]                # (rows, 1)
+    all_rows = list(live) == list(range(len(live)))  # a slice of the buffers needs no copy
+    cache.seen_rows = slice(len(live)) if all_rows else list(live)
     mask = torch.arange(cache.used, device=DEVICE) <= position[:, None, :, None]
     output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
                    use_cache=True, logits_to_keep=1)              # mask: (rows, 1, width, used)
@@ -370,25 +374,27 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     queue, live, waiting = episodes, [], []  # live[row]: its episode; waiting: row numbers
     with mixed_precision(env.cfg, keep_casts=True):  # of the weights, which do not change here
         while queue or live:
-            # 1. Free rows are taken. Prompts and feedback are read, but for their last token.
+            # 1. Free rows are taken. New prompts and feedback are read, by the rows that have any.
             free = rows - len(live)
             live, queue = live + queue[:free], queue[free:]
             unread = {row: e for row, e in enumerate(live) if len(e.ids) - e.cached > 1}
             if unread:
                 feed(model, cache, unread)
-            # 2. Every row is fed its last token, and a new one is sampled.
+            # 2. Every row is fed its last token (again), and a new one is sampled.
             logits = feed(model, cache, dict(enumerate(live)))                          # (rows, V)
             probs = (logits / (temperature or 1.0)).softmax(dim=1)
             tokens = probs.multinomial(1) if temperature > 0 else logits.argmax(dim=1, keepdim=True)
             logps = probs.gather(1, tokens).log()                                       # (rows, 1)
-            for row, (e, [token], [logp]) in enumerate(zip(live, tokens.tolist(), logps.tolist())):
+            sampled = zip(live, tokens[:, 0].tolist(), logps[:, 0].tolist())
+            for row, (e, token, logp) in enumerate(sampled):
                 if row not in waiting:
                     e.ids.append(token)
                     e.action_id.append(e.turn)
                     e.sampled_logp.append(logp)
                     if env.complete(e):
                         waiting.append(row)
-            # 3. Their actions are run. From the end on, the last row replaces one that is done.
+            # 3. Actions are run. The last row replaces one that is done: from the end on, so that
+            #    it is never done itself.
             if 8 * len(waiting) >= len(live):
                 env.respond([live[row] for row in waiting])
                 for row in sorted(waiting, reverse=True):
@@ -437,8 +443,8 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     return both
 @torch.no_grad()
 def all_logps(model, batch, micro_batches, temperature):
-    """token_logps of a step's rows, (2, N, T), in the micro-batches of its updates. Others would be
-    rounded otherwise: at the first update logp would not equal old_logp, and gates would open."""
+    """token_logps of a step's rows, (2, N, T), in the micro-batches of its updates. In others they
+    would be rounded differently: at the first update logp would not be old_logp, and gates open."""
     both = torch.zeros(2, *batch.ids.shape, device=DEVICE)
     for rows in micro_batches:
         both[:, rows] = token_logps(model, batch.ids[rows], batch.action_id[rows], temperature)
@@ -453,7 +459,7 @@ def split(episodes, cfg):
         mini_batches.append(rows.split(cfg.micro_batch_size))
     return mini_batches
 def adamw(model, betas=(0.9, 0.999)):
-    model.state_dict()  # for its effect: FSDP2 lets go the weights that it gathered for a rollout
+    model.state_dict()  # for its effect: FSDP2 lets go what it gathered for a rollout, see shard()
     return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
 def new_learner(model, initial_weights, llds_lambda, cfg):
     """What training changes, at its start. history: a row of metrics for each step."""
@@ -467,7 +473,7 @@ def train_step(learner, episodes, cfg):
     model, batch = learner.model, collate(episodes, cfg.group_size)
     mini_batches = split(episodes, cfg)
     micro_batches = list(itertools.chain(*mini_batches))
-    model.train()  # for gradient checkpointing; load_model() has put out all dropout
+    model.train()  # or layers would not do gradient checkpointing
     with mixed_precision(cfg):
         batch.old_logp, batch.entropy = all_logps(model, batch, micro_batches, cfg.temperature)
         if cfg.beta > 0:  # no second model: ours takes up the initial weights for a moment
@@ -498,7 +504,7 @@ def train_step(learner, episodes, cfg):
     # loss asks for more. Below 0.001 nats it may be rounding; in bfloat16 much of it is.
     change = (new_logp - batch.old_logp).sum(dim=1)                                     # (N,)
     metrics["displaced"] = mean(change[batch.rewards == 1] < -1e-3)
-    return metrics | {name: mean([info[name] for info in infos]) for name in infos[0]}, batch
+    return {**metrics, **{name: mean([info[name] for info in infos]) for name in infos[0]}}, batch
 
 def backward(learner, batch, mini_batch, answer_weight, cfg):
     """Gradients of GRPO + lambda * LLDS + beta * KL on a mini-batch (v2 eq. 6). Returns metrics."""
@@ -564,40 +570,35 @@ def first_action_match(episodes, group_size):
     matches = []
     for i in range(0, len(episodes), group_size):
         group = episodes[i:i + group_size]
-        found_by_right = [e.searches[:1] for e in group if e.reward]
-        wrong = [e.searches[:1] for e in group if found_by_right and not e.reward]
-        matches += [found in found_by_right and any(found) for found in wrong]  # any: some passages
+        found_by_right = [e.searches[0] for e in group if e.reward and e.searches]
+        for e in group:
+            if e.reward == 0 and any(other.reward for other in group):
+                found = e.searches[0] if e.searches else []
+                matches.append(found != [] and found in found_by_right)
     return mean(matches)
-
 def evaluate(model, env, questions):
     """Greedy episodes -> exact match and searches: of all, by set, and the average of the sets."""
-    episodes = rollout(model, env, questions, temperature=0.0)
-    sets, scores = sorted({q["set"] for q in questions if q["set"]}), {}
-    for name in ["", *sets]:
-        some = [e for e in episodes if name in ("", e.question["set"])]
-        scores["eval_em_" + name] = mean([e.reward for e in some])
-        scores["eval_searches_" + name] = mean([len(e.searches) for e in some])
-    if len(sets) > 1:
-        scores["eval_em_average"] = sum(scores["eval_em_" + name] for name in sets) / len(sets)
-    return {name.rstrip("_"): score for name, score in scores.items()}
-def show(env, e):
-    """Prints an episode by its loss mask: what is not trained stands in [[ ]]."""
-    print(f"\n{e.question['question']} -> reward {e.reward:g}")
-    places = range(e.action_id.index(1), len(e.ids))
-    for action, some in itertools.groupby(places, key=lambda t: e.action_id[t]):
-        text = env.tok.decode([e.ids[t] for t in some])
-        print(text if action > 0 else f"[[{text}]]", end="")
-    print("\n")
+    episodes, scores = rollout(model, env, questions, temperature=0.0), {}
+    parts = {"": episodes}  # end of the metric's name -> its episodes
+    for e in episodes:
+        if e.question["set"]:
+            parts.setdefault("_" + e.question["set"], []).append(e)
+    for end, some in sorted(parts.items()):
+        scores["eval_em" + end] = mean([e.reward for e in some])
+        scores["eval_searches" + end] = mean([len(e.searches) for e in some])
+    if len(parts) > 2:
+        scores["eval_em_average"] = mean([scores["eval_em" + end] for end in parts if end])
+    return scores
 CURVES = "eval_em reward logp_correct displaced entropy grad_norm".split()
 def report(runs):
     """Prints the curves of each run, at most 60 characters wide. runs: {name: history}."""
     for run, name in itertools.product(runs, CURVES):
-        values = [row[name] for row in runs[run] if row.get(name) is not None] or [math.nan]
-        low, span = min(values), max(max(values) - min(values), 1e-9)
-        some = [value for value in values[::len(values) // 60 + 1] if value == value]  # no NaN
-        heights = [int(7 * (value - low) / span) for value in some]
-        curve = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
-        print(f"{run:11}{name:13}{values[0]:7.3f} ->{values[-1]:7.3f} {curve}")
+        values = [row[name] for row in runs[run] if row.get(name) is not None]
+        if values:
+            low, span = min(values), max(max(values) - min(values), 1e-9)
+            heights = [int(7 * (value - low) / span) for value in values[::len(values) // 60 + 1]]
+            curve = "".join("▁▂▃▄▅▆▇█"[height] for height in heights)
+            print(f"{run:11}{name:13}{values[0]:7.3f} ->{values[-1]:7.3f} {curve}")
 # ---------------------------------------------------------------------- training, a run's folder
 def train(learner, noisy_env, env, questions, held_out, folder, cfg):
     """The algorithm: cfg.steps times a rollout in noisy_env, then updates."""
@@ -610,9 +611,8 @@ def train(learner, noisy_env, env, questions, held_out, folder, cfg):
         began, last = time.perf_counter(), step == cfg.steps
         draw = random.Random(f"{cfg.seed} {step}")  # a resumed run draws the same, here and below
         pool = questions * (1 + cfg.questions_per_step // len(questions))
-        asked = draw.sample(pool, cfg.questions_per_step)
+        mine = draw.sample(pool, cfg.questions_per_step)[RANK::WORLD]
         torch.manual_seed(10**9 * cfg.seed + 1000 * step + RANK)
-        mine = asked[RANK::WORLD]
         episodes = rollout(learner.model, noisy_env, mine, cfg.group_size, cfg.temperature)
         metrics, _ = train_step(learner, episodes, cfg)
         history.append({"step": step, **metrics, "seconds": time.perf_counter() - began})
@@ -646,14 +646,13 @@ def checkpoints(folder):
     """The steps of complete checkpoints. Other names, such as those of copies, are left alone."""
     names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("checkpoint-*")]
     return sorted(int(name[1]) for name in names if name)
-
 def save_checkpoint(folder, learner):
     """A file with what a resumed run needs. It gets its name once it is complete; older ones go."""
     step, unfinished = learner.history[-1]["step"], folder / "unfinished"
     weights, moments = states.get_state_dict(learner.model, learner.optimizer, options=WHOLE)
     if RANK == 0:
-        torch.save({"weights": weights, "moments": moments, "updates": learner.updates,
-                    "history": learner.history}, unfinished)
+        rest = {"updates": learner.updates, "history": learner.history}
+        torch.save({"weights": weights, "moments": moments, **rest}, unfinished)
         unfinished.rename(folder / f"checkpoint-{step}")
         for older in checkpoints(folder):
             if older < step:
@@ -661,13 +660,13 @@ def save_checkpoint(folder, learner):
 
 def load_checkpoint(folder, learner):
     """Takes up the last checkpoint, if there is one, of however many processes."""
-    for step in checkpoints(folder)[-1:]:
-        path = folder / f"checkpoint-{step}"
+    if checkpoints(folder):
+        path = folder / f"checkpoint-{checkpoints(folder)[-1]}"
         with blame(path):
             saved = torch.load(path, map_location="cpu", mmap=True)
-            states.set_state_dict(
-                learner.model, learner.optimizer, options=WHOLE,
-                model_state_dict=saved["weights"], optim_state_dict=saved["moments"])
+            weights, moments = saved["weights"], saved["moments"]
+            states.set_state_dict(learner.model, learner.optimizer, options=WHOLE,
+                                  model_state_dict=weights, optim_state_dict=moments)
             learner.updates, learner.history = saved["updates"], saved["history"]
 # ------------------------------------------------------------------------ models, the warm start
 def load_model(name, cfg, passages, questions):
@@ -675,9 +674,7 @@ def load_model(name, cfg, passages, questions):
     if name == "tiny":
         tok, model = tiny_agent(passages, questions, cfg.top_k)
     else:
-        if Path(name).is_dir() and not Path(name, "config.json").exists():
-            check(not [*Path(name).glob("lambda_*")], f"--model {name}: take one of its lambda_*")
-            check(not Path(name, "flags.json").exists(), f"--resume {name}: it has no model yet")
+        check_folder(name)
         with blame(f"--model {name}"):
             config = AutoConfig.from_pretrained(name, attention_dropout=0.0)
             # Not AutoTokenizer: it goes by the model's type, and would take Qwen2's for our agent.
@@ -694,17 +691,18 @@ def load_model(name, cfg, passages, questions):
     check(all(w.isfinite().all() for w in model.parameters()), f"--model {name}: a weight is NaN")
     if cfg.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return tok, shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
-
+    model = shard(model, cfg) if dist.is_initialized() else model.to(DEVICE)
+    return tok, model
 def warm_start(model, env, passages, questions, cfg):
     """Supervised steps on the actions of scripted episodes: so the model knows the format."""
     optimizer, steps = adamw(model, betas=(0.9, 0.98)), cfg.warm_steps
     model.train()
     batches = lessons(env, passages, questions, steps)
     for step, episodes in enumerate(tqdm(batches, "warm start", steps, disable=RANK > 0)):
-        batch, mine = collate(episodes, len(episodes)), slice(RANK, None, WORLD)
+        batch = collate(episodes, len(episodes))  # each process has made the same ones
+        ids, action_id = batch.ids[RANK::WORLD], batch.action_id[RANK::WORLD]
         with mixed_precision(cfg):
-            logp, _ = token_logps(model, batch.ids[mine], batch.action_id[mine])
+            logp, _ = token_logps(model, ids, action_id)
         (-logp.sum() / batch.action_tokens.sum() * WORLD).backward()  # WORLD: see backward()
         done = step / steps  # the rate rises in the first tenth, then falls to 0
         optimizer_step(model, optimizer, cfg.warm_learning_rate * min(10 * done, 1 - done))
@@ -721,8 +719,8 @@ def start_processes(cfg):
     if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 def shard(model, cfg):
-    """A rollout's first pass gathers all weights, and they stay until a backward pass. So the
-    processes must make equally many passes in an update, but not in a rollout."""
+    """To gather weights all processes must be in the same pass: as in updates, where each has as
+    many rows, and in a rollout's first pass. Then the weights stay until a backward pass."""
     policy = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     offload = fsdp.CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else fsdp.OffloadPolicy()
     mesh = dist.init_device_mesh(DEVICE, (WORLD,))
@@ -740,8 +738,9 @@ def run(cfg):
     trains = not cfg.ask and not cfg.eval
     questions = load_questions(cfg.train_data or cfg.corpus, "train") if trains else []
     # The built-in agent knows the words of all questions, and its warm start asks all, also those
-    # held out. It learns no answers by that: there the names are scrambled.
-    everything, start = questions + held_out, Path(cfg.resume, "start")
+    # held out. It learns no answers by that: retriever.py scrambles the names.
+    everything = questions + held_out
+    start = Path(cfg.resume, "start")
     started = cfg.resume != "" and start.exists()
     tok, model = load_model(str(start) if started else cfg.model, cfg, passages, everything)
     context, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id
@@ -755,8 +754,9 @@ def run(cfg):
     questions = keep_fitting(env, questions, context) if trains else []
     check_lessons(passages, everything if cfg.warm_steps > 0 else [])
     check(WORLD == 1 or cfg.resume or cfg.output_dir, "several processes need one --output_dir")
-    flags, new_name = vars(cfg) | {"output_dir": "", "resume": ""}, Path(cfg.model).name
-    folder = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/{new_name}-%y%m%d-%H%M%S"))
+    name = Path(cfg.model).name
+    folder = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/{name}-%y%m%d-%H%M%S"))
+    flags = vars(cfg) | {"output_dir": "", "resume": ""}
     check(cfg.resume or RANK > 0 or not folder.exists(), f"--output_dir {folder} exists")
     write(folder / "flags.json", [flags])
     if not started and (cfg.warm_steps > 0 or cfg.model == "tiny"):
@@ -781,13 +781,12 @@ def run(cfg):
         train(learner, noisy_env, env, questions, held_out, part, cfg)
         runs[name] = learner.history
     report(runs)
-
 def main(argv=None):
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's has not
         sys.stdout.reconfigure(errors="replace")  # a terminal may lack the curves' characters
     cfg = parse_config(argv)
     try:
-        with redirect_stdout(sys.stdout if RANK == 0 else None):
+        with redirect_stdout(sys.stdout if RANK == 0 else None):  # None: print() is silent
             run(cfg)
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         stop(f"{type(error).__name__} {error}: go on by --resume and the run's folder; where memory"
