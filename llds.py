@@ -49,7 +49,8 @@ from retriever import (BM25, CLOSE, CORRECTION, OPEN, PROMPT, TAG, ErringRetriev
 from retriever import blame, check, stop  # each ends the program with one sentence
 GPU, DEVICE = torch.cuda.is_available(), "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = "bfloat16" if GPU and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)  # torchrun's
+with blame("RANK or WORLD_SIZE, which torchrun sets"):
+    RANK, WORLD = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 # ------------------------------------------- losses: they need torch alone; copy from here ...
 def group_advantages(rewards, group_size):
     """How much better than its group a response is: A = (r - mean) / (std + 1e-6) (v2 eq. 1; sample
@@ -135,7 +136,6 @@ def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_
 # -------------------------------------------------------------------- ... copy to here. Settings
 def flag(default, help):
     return field(default=default, metadata={"help": help})
-
 @dataclass
 class Config:
     """Every flag. These defaults suit the built-in agent; PRESETS has what other runs change."""
@@ -171,7 +171,7 @@ class Config:
         "help": "weight of LLDS; several: a run each, from one start"})
     llds_gate: Literal["token", "response", "action"] = flag("response", "what must have fallen")
     answer_weight: float = flag(1.0, "of the final answer's tokens in LLDS (below 1: LLDS-MA)")
-    adaptive_answer_weight: bool = flag(False, "instead: mean searches of a step / 2, at most 1")
+    adaptive_answer_weight: bool = flag(False, "in its place: mean searches / 2, at most 1 (v2)")
     # The warm start: supervised learning from scripted episodes, before GRPO
     warm_steps: int = flag(800, "supervised steps")
     warm_learning_rate: float = flag(4e-3, "of these steps, falling to 0")
@@ -206,6 +206,7 @@ PRESETS = {
 RANGES = dict(steps=(0, 1e12), warm_steps=(0, 1e9), seed=(0, 1e9), hops=(0, 9), group_size=(2, 1e6),
               max_feedback_tokens=(32, 1e6), temperature=(1e-3, 1e9), retrieval_noise=(0, 1),
               early_answers=(0, 1), warmup_ratio=(0, 1), answer_weight=(0, 1))
+FIXED = "model preset llds_lambda seed output_dir eval ask".split()  # when a run is resumed
 def parse_config(argv=None):
     """Command line -> Config. What is typed replaces what a run has saved, and this the preset."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -222,10 +223,12 @@ def parse_config(argv=None):
             for name, value in json.loads(path.read_text(encoding="utf-8")).items():
                 saved += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         saved += [] if typed.resume else ["--warm_steps", "0"]  # --model had its warm start
+    parser.error = lambda message: stop(f"{path}: {message}")
     as_saved = vars(parser.parse_args(saved))
+    parser.error = stop
     cfg = Config(**vars(parser.parse_args(saved + argv)))  # what comes later wins
     for name, value in vars(cfg).items():
-        fixed = cfg.resume and name in ("model", "preset", "llds_lambda", "seed", "output_dir")
+        fixed = cfg.resume and name in FIXED
         check(not fixed or value == as_saved[name], f"--resume: no other --{name} beside it")
         for number in value if isinstance(value, list) else [value]:
             lowest, highest = RANGES.get(name, (1 if type(number) is int else 0, 1e9))
@@ -234,7 +237,8 @@ def parse_config(argv=None):
     names, parts = {f"{number:g}" for number in cfg.llds_lambda}, cfg.mini_batches * WORLD
     check(len(names) == len(cfg.llds_lambda), "--llds_lambda: two of the numbers are the same")
     check("{question}" in cfg.prompt, "--prompt must contain {question}")
-    check(cfg.model != "tiny" or not cfg.ask, "--ask needs a trained --model")
+    asks = cfg.ask.strip() and cfg.model != "tiny"
+    check(asks or "--ask" not in argv, "--ask needs a question and a trained --model")
     check(cfg.questions_per_step % parts == 0,
           f"--questions_per_step must be a multiple of {parts}, --mini_batches times processes")
     if any(cfg.llds_lambda) and cfg.mini_batches * cfg.num_iterations == 1:
@@ -255,7 +259,6 @@ class Episode:
     done: bool = False
     sampled_logp: list = field(default_factory=list, compare=False)  # of each sampled token
     cached: int = field(default=0, compare=False)  # ids[:cached] are in the rollout's KV cache
-
 class Environment:
     """Where text and ids meet. A new tool needs its closing tag in complete(), what it does in
     respond(), and its tags in retriever.py's PROMPT, CORRECTION and TAG."""
@@ -361,7 +364,6 @@ def feed(model, cache, live):
 def mixed_precision(cfg, keep_casts=False):
     """Products in cfg.dtype; weights stay float32, since bfloat16 would lose small updates."""
     return torch.autocast(DEVICE, torch.bfloat16, cfg.dtype == "bfloat16", cache_enabled=keep_casts)
-
 @torch.no_grad()
 def rollout(model, env, questions, group_size=1, temperature=1.0):
     """Plays group_size Episodes of each question; returns them, a group's side by side. Greedy at
@@ -418,7 +420,6 @@ def collate(episodes, group_size):
     batch.rewards = torch.tensor([e.reward for e in episodes], device=DEVICE)
     batch.advantages = group_advantages(batch.rewards, group_size)
     return batch
-
 def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     """Log-probability of each action token under the tempered distribution that sampled it, and the
     entropy of that distribution: (N, T) float32 each, in nats, 0 outside actions.
@@ -427,7 +428,7 @@ def token_logps(model, ids, action_id, temperature=1.0, chunk=256):
     action token meet the LM head, `chunk` at a time, and once more in the backward pass."""
     # The one shift: the hidden state of column t predicts the token of column t + 1.
     row, column = (action_id[:, 1:] > 0).nonzero(as_tuple=True)                         # (M,) each
-    needed = max(column.tolist(), default=0) + 1  # columns behind predict no action token
+    needed = max(column.tolist(), default=0) + 1  # columns after it predict no action token
     output = model(input_ids=ids[:, :needed], use_cache=False, output_hidden_states=True,
                    logits_to_keep=1)  # these logits are not used; 1 is the least that can be asked
     hidden, target = output.hidden_states[-1][row, column], ids[row, column + 1]   # (M, D), (M,)
@@ -500,12 +501,11 @@ def train_step(learner, episodes, cfg):
                 learner.updates += 1
                 infos.append(info)
         new_logp, _ = all_logps(model, batch, micro_batches, cfg.temperature)
-    # Displaced: the share of right responses that the updates have made less likely, although the
-    # loss asks for more. Below 0.001 nats it may be rounding; in bfloat16 much of it is.
+    # Displaced: the share of right responses that the updates have made less likely; the loss asks
+    # for no such thing. Below 0.001 nats it may be rounding; in bfloat16 much of it is.
     change = (new_logp - batch.old_logp).sum(dim=1)                                     # (N,)
     metrics["displaced"] = mean(change[batch.rewards == 1] < -1e-3)
     return {**metrics, **{name: mean([info[name] for info in infos]) for name in infos[0]}}, batch
-
 def backward(learner, batch, mini_batch, answer_weight, cfg):
     """Gradients of GRPO + lambda * LLDS + beta * KL on a mini-batch (v2 eq. 6). Returns metrics."""
     # Normalisers of the whole mini-batch, on all processes: so micro-batches add up to its mean.
@@ -550,13 +550,12 @@ def mean(values):
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
     total, count = all_sum(torch.tensor([values.sum(), values.numel()], dtype=torch.float64))
     return (total / count).item() if (total / count).isfinite() else None
-
 def rollout_metrics(episodes, batch, cfg):
     """What a step's episodes are like: {name: number}."""
     acted, right = batch.action_id > 0, (batch.rewards == 1)[:, None]              # (N, T), (N, 1)
     searches = torch.tensor([[len(e.searches)] for e in episodes], device=DEVICE)       # (N, 1)
     sampled = torch.tensor([logp for e in episodes for logp in e.sampled_logp], device=DEVICE)
-    gaps = (batch.old_logp[acted] - sampled).abs() if len(sampled) > 0 else []
+    gaps = (batch.old_logp[acted] - sampled).abs() if len(sampled) > 0 else []  # both row by row
     parts = {"logp_correct": acted & right, "logp_wrong": acted & ~right}
     parts |= {f"logp_action{k}": (batch.action_id == k) & right for k in (1, 2)}
     parts |= {f"logp_{n}searches": acted & (searches == n) for n in range(cfg.max_turns + 1)}
@@ -652,7 +651,8 @@ def save_checkpoint(folder, learner):
     weights, moments = states.get_state_dict(learner.model, learner.optimizer, options=WHOLE)
     if RANK == 0:
         rest = {"updates": learner.updates, "history": learner.history}
-        torch.save({"weights": weights, "moments": moments, **rest}, unfinished)
+        with blame(unfinished):  # a full disk
+            torch.save({"weights": weights, "moments": moments, **rest}, unfinished)
         unfinished.rename(folder / f"checkpoint-{step}")
         for older in checkpoints(folder):
             if older < step:
@@ -719,8 +719,8 @@ def start_processes(cfg):
     if GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
 def shard(model, cfg):
-    """To gather weights all processes must be in the same pass: as in updates, where each has as
-    many rows, and in a rollout's first pass. Then the weights stay until a backward pass."""
+    """To gather weights, all processes must make the same pass. They do in updates, as each has as
+    many rows, and at a rollout's begin. Then weights stay gathered until a backward pass."""
     policy = fsdp.MixedPrecisionPolicy(getattr(torch, cfg.dtype), reduce_dtype=torch.float32)
     offload = fsdp.CPUOffloadPolicy(pin_memory=False) if cfg.cpu_offload else fsdp.OffloadPolicy()
     mesh = dist.init_device_mesh(DEVICE, (WORLD,))
@@ -756,7 +756,7 @@ def run(cfg):
     check(WORLD == 1 or cfg.resume or cfg.output_dir, "several processes need one --output_dir")
     name = Path(cfg.model).name
     folder = Path(cfg.resume or cfg.output_dir or time.strftime(f"runs/{name}-%y%m%d-%H%M%S"))
-    flags = vars(cfg) | {"output_dir": "", "resume": ""}
+    flags = vars(cfg) | {"output_dir": "", "resume": "", "eval": False, "ask": ""}
     check(cfg.resume or RANK > 0 or not folder.exists(), f"--output_dir {folder} exists")
     write(folder / "flags.json", [flags])
     if not started and (cfg.warm_steps > 0 or cfg.model == "tiny"):

@@ -11,8 +11,8 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 # --------------------------------------------------------------------------- mistakes of the user
 def stop(message):
-    """Ends the program with one sentence and status 2. Of torchrun's processes rank 0 speaks."""
-    if os.environ.get("RANK", "0") in ("0", ""):
+    """Ends the program with one sentence and status 2. Of torchrun's processes the first speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print("error:", message, file=sys.stderr)
     sys.exit(2)
 
@@ -49,6 +49,7 @@ def read_rows(name, config=None, split=None):
         elif ending.endswith(".parquet"):
             rows = load_dataset("parquet", data_files=glob.escape(name), split="train")
         else:
+            check(not os.path.isfile(name), f"{name}: its name must end in jsonl, gz or parquet")
             rows = load_dataset(name, config, split=split)
     for number, row in enumerate(rows, 1):
         where = f"{name}, row {number}"
@@ -70,10 +71,11 @@ def load_corpus(path):
     return [row for row, _ in rows]
 
 def load_questions(sources, part):
-    """Questions of a set, or of several with commas between. A set is a file, a corpus (questions of
-    split `part` about it) or a folder or hub name: me/bench, me/bench:nq, me/bench:nq:test[:99].
+    """Questions of a set, or of several with commas between. A set is a file, a corpus (its split
+    `part`), or a folder or hub name: me/bench, me/bench:nq, me/bench:nq:test[:99].
     Returns dicts with "question", "golden_answers" (a list), "set", "where", perhaps "prompt"..."""
     entries = [sources] if os.path.exists(sources) else sources.split(",")  # a path may hold commas
+    check(all(source.strip() for source in entries), f"{sources!r}: nothing beside a comma")
     base_names, sets = [os.path.basename(source) for source in entries], {}
     for source in entries:
         fields = [source] if os.path.exists(source) else source.split(":", 2)
@@ -101,7 +103,7 @@ def checked(row, where, title):
     answers = texts_of(row.get("golden_answers")) or texts_of(truth) or texts_of(row.get("answer"))
     words = [m[field].strip() for m in row.get("prompt") or [] for field in ("role", "content")]
     question = row.get("question") or (words[-1] if words else "")
-    check(question.strip() and all(words) and answers, f"{where} needs 'golden_answers', and "
+    check(question.strip() and all(words) and answers, f"{where}: it needs 'golden_answers', and "
           "'question' or a 'prompt' of messages with 'role' and 'content'")
     by_hops = f"{row['hops']}hop" if row.get("hops") else None
     name = row.get("data_source") or title or by_hops or row.get("set")
@@ -215,7 +217,8 @@ class HTTPRetriever:
         self.in_vain = 0  # requests in a row of which the server has refused everything
         with blame(f"--retriever_url {url} must be http://HOST:PORT/PATH"):
             address = urllib.parse.urlsplit(url)
-            if address.scheme not in ("http", "https") or not address.hostname or " " in url:
+            if address.scheme not in ("http", "https") or not address.hostname or " " in url \
+                    or address.port == 0:
                 raise ValueError(url)
             proxies, host = urllib.request.getproxies(), f"{address.hostname}:{address.port}"
         # Addresses of this machine never go through a proxy.
@@ -248,7 +251,8 @@ class HTTPRetriever:
         raise OSError(f"{self.name}: {failure!r:.300}, {tries} times")
 
     def warn(self, queries, error):
-        print(f"WARNING: {self.name} refuses {str(queries)[:99]}: {error!r:.200}", file=sys.stderr)
+        if len(queries) == 1:  # of several, each will be asked alone
+            print(f"WARNING: {self.name} refuses {queries}: {error!r:.200}", file=sys.stderr)
 
     def search(self, queries, k):
         """As BM25.search. If a request is refused, each query is asked alone, since one of them may

@@ -2,7 +2,7 @@
 """Stories about llds.py: the maths, with numbers to check by hand, then the rest. Oracles: loops over tokens, and
 play(): one episode, one token at a time, all read anew. `python test_llds.py bench` measures instead."""
 import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
-import signal, subprocess, sys, tempfile, threading, time, urllib.error, warnings
+import signal, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, redirect_stdout
 from functools import cache, partial
@@ -23,8 +23,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 
 import llds
 import retriever
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTPRetriever, between, clean,
-                       exact_match, information, load_corpus, load_questions, serve, words)
+from llds import Environment
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTPRetriever, clean, exact_match,
+                       format_passages, keep_fitting, load_corpus, load_questions, serve, text_in_tag, words)
 
 torch.set_num_threads(1)
 GATES = ("token", "response", "action")
@@ -244,12 +245,12 @@ def bpe():
     return tok
 
 def built_in(**flags):
-    return llds.load_model(llds.Config(**flags), PASSAGES[:6], QUESTIONS[:18])
+    return llds.load_model("tiny", llds.Config(**flags), PASSAGES[:6], QUESTIONS[:18])
 
 FRANCE = [{"contents": '"France"\nThe capital of France is Paris.'}, {"contents": '"Oslo"\nIn Norway.'}]
-def world(tok=None, passages=FRANCE, max_length=math.inf, **flags):
+def world(tok=None, passages=FRANCE, eos_ids=(), **flags):
     cfg = llds.Config(**dict(max_turns=2, top_k=1, max_new_tokens=50, max_feedback_tokens=60) | flags)
-    return llds.Environment(tok or bpe(), BM25(passages), cfg, max_length)
+    return llds.Environment(tok or bpe(), BM25(passages), cfg, eos_ids)
 
 def play(env, question, choose):
     """One episode, one token at a time: choose(episode) says the next."""
@@ -269,12 +270,12 @@ def act(env, name, actions):
     """Plays a story: its name is the question, its actions come one a turn, and Paris is right."""
     ids = [encode(env.tok, action) for action in actions]
     question = {"question": name, "golden_answers": ["Rio", "paris"]}
-    return play(env, question, lambda e: ids[e.turn - 1][len(e.ids) - e.start])
+    return play(env, question, lambda e: ids[e.turn - 1][len(e.ids) - e.action_start])
 
 SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
 NO_HIT, FORGETS = "<search> zebra </search>", "<think> hm" + END
 HEARD = {"i": f'{OPEN}Doc 1(Title: "France") The capital of France is Paris.{CLOSE}',
-         "0": OPEN + information([]) + CLOSE, "c": CORRECTION}
+         "0": OPEN + format_passages([]) + CLOSE, "c": CORRECTION}
 STORIES = {  # actions; what follows each, by its letter in HEARD; answer
     "searches, then answers": ([SEARCH, RIGHT], "i", "Paris"),
     "answers at once, wrongly": (["<think> I know </think>\n<answer> Rome </answer>"], "", "Rome"),
@@ -301,7 +302,7 @@ def test_every_branch_of_the_episode():
             ids, action_id = ids + said + heard, action_id + [k + 1] * len(said) + [0] * len(heard)
         assert (e.ids, e.action_id, e.turn, e.done) == (ids, action_id, len(actions), True), name
         assert e.searches == [[FRANCE[0]["contents"]] * (f == "i") for f in follows.replace("c", "")], name
-        spoken = between("answer", env.tok.decode(e.ids[e.start:]))
+        spoken = text_in_tag("answer", env.tok.decode(e.ids[e.action_start:]))
         assert (spoken, e.reward) == (answer, float(answer == "Paris")), name
 
 def test_prompts():
@@ -316,13 +317,23 @@ def test_prompts():
     for tok, text in ((bpe(), "Be brief.\nWho?"), (chat, full)):
         e = world(tok).reset({"question": "?", "prompt": messages})
         assert tok.decode(e.ids) == text and e.ids.count(tok.eos_token_id) == text.count(END)
-        assert e.start == len(e.ids) == len(e.action_id) and not any(e.action_id)
-    env, (short, long) = world(max_length=10), [{"question": "x" * n, "hops": 2} for n in (9, 10)]
-    assert llds.fitting(env, [short, long]) == [short] and llds.fitting(env, []) == []
-    for hops, questions in ((0, [long]), (1, [short])):
+        assert e.action_start == len(e.ids) == len(e.action_id) and not any(e.action_id)
+
+def test_questions_that_fit(capsys):
+    """Into the context go a prompt, 2 turns of 5 + 40 tokens, and 5 for the answer; --hops chooses."""
+    env = world(max_new_tokens=5, max_feedback_tokens=40)
+    short, long, free = [{"question": "x" * n, "where": "q, row 1"} for n in (9, 10, 9)]
+    short["hops"] = long["hops"] = 2
+    assert keep_fitting(env, [short, long, free], 9 + 2 * 45 + 5) == [short, free]
+    for hops, kept in ((2, [short, free]), (1, [free])):
         env.cfg.hops = hops
-        with pytest.raises(SystemExit):
-            llds.fitting(env, questions)
+        assert keep_fitting(env, [short, long, free], 104) == kept
+    for hops, questions in ((0, [long]), (1, [short]), (0, [])):
+        env.cfg.hops = hops
+        with ends(capsys, f"--hops {hops}"):
+            keep_fitting(env, questions, 104)
+    with ends(capsys, "q, row 1: prompt"):
+        keep_fitting(env, [short | {"prompt": [{"role": "user", "content": 3}]}], 104)
 
 def feedback(e):
     """The token ids between the first action and the second."""
@@ -348,10 +359,10 @@ def test_long_feedback_is_cut_inside_the_text_and_still_closed(limit):
     passages = [{"contents": '"Long"\n' + " capital é </information> <answer>" * 40}]
     env = world(passages=passages, max_feedback_tokens=limit)
     e = act(env, "?", [SEARCH, FORGETS, RIGHT])
-    text, correction = env.tok.decode(feedback(e)), e.start - e.action_id.index(2) - e.action_id.count(2)
+    text, correction = env.tok.decode(feedback(e)), e.action_start - e.action_id.index(2) - e.action_id.count(2)
     assert len(feedback(e)) == limit and 0 < correction <= limit
     assert text.startswith(OPEN) and text.endswith(CLOSE) and text.count("</information>") == 1
-    assert information(passages).startswith(text[len(OPEN):-len(CLOSE)].rstrip("\ufffd"))
+    assert format_passages(passages).startswith(text[len(OPEN):-len(CLOSE)].rstrip("\ufffd"))
 
 def test_an_action_ends_with_its_tag_however_it_is_split():
     """Random actions of whole, split, merged and spelled tags, after prompts that stop inside one. The oracle
@@ -366,20 +377,20 @@ def test_an_action_ends_with_its_tag_however_it_is_split():
         action.insert(rng.randrange(120), tok.eos_token_id)
         e, complete = env.reset({"question": prompt, "golden_answers": []}), False
         while not complete:
-            e.ids.append(action[len(e.ids) - e.start])
-            names = tok.convert_ids_to_tokens(e.ids[e.start:])
+            e.ids.append(action[len(e.ids) - e.action_start])
+            names = tok.convert_ids_to_tokens(e.ids[e.action_start:])
             tag, complete = re.search("</(search|answer)>", "".join(names)), env.complete(e)
             assert complete == bool(tag or names[-1] == END or len(names) == 40), names
         env.respond([e])
         opens = "".join(names)[:tag.start()].rfind("<answer>") if tag and tag[1] == "answer" else -1
         ends[tag and tag[0], opens >= 0] += 1
         first = sum(end <= opens for end in accumulate(map(len, names)))   # the token of its <
-        assert e.answer_start == (e.start + first if opens >= 0 else None)
+        assert e.answer_start == (e.action_start + first if opens >= 0 else None)
     assert len(ends) == 4 and min(ends.values()) > 9, ends
 
 # -------------------------------------------------------------------------------------------- the rollout
 LIKES = {"<search>": 7, "</search>": 7, "<answer>": 6, "</answer>": 6, "<eos>": 3, "capital": 3, "Kabul": 3}
-def agent(seed, max_length=math.inf, **flags):
+def agent(seed, **flags):
     """The built-in model in float64, untrained, fond of tags; ragged questions; an engine that always finds."""
     torch.manual_seed(seed)
     tok, model = built_in(**flags)
@@ -390,55 +401,63 @@ def agent(seed, max_length=math.inf, **flags):
     for token, fondness in LIKES.items():
         model.lm_head.bias.data[tok.convert_tokens_to_ids(token)] = fondness
     right = sorted(tok.get_vocab())[::2]
-    questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": right}
-                 for i, q in enumerate(QUESTIONS[:7])]
-    cfg = dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags
-    env = world(tok, FRANCE, max_length, **cfg)
+    questions = [{"question": q["question"] + " Oslo" * (5 * i % 7), "golden_answers": right, "set": None, "n": i}
+                 for i, q in enumerate(QUESTIONS[:8])]
+    env = world(tok, FRANCE, **dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags)
     env.retriever.search = lambda queries, k: [PASSAGES[len(query) % 6:][:k] for query in queries]
     return model.double(), env, questions
 
 @torch.no_grad()
 def test_rollout_equals_one_row_at_a_time():
-    """Greedily, what the plain model does: with rows for all or fewer, the longest episodes, a full context."""
-    seen, longest, short = Counter(), dict(max_new_tokens=1, max_feedback_tokens=20), dict(max_length=18)
+    """Greedily, what the plain model does: with rows for all or fewer, in the longest episodes, with two EOS."""
+    seen, longest = Counter(), dict(max_new_tokens=1, max_feedback_tokens=20)
     for seed, (group, rows, flags) in enumerate([
             (1, 99, {}), (3, 7, {}), (1, 1, dict(max_new_tokens=4)), (1, 3, dict(max_new_tokens=17)),
-            (1, 5, dict(max_turns=1)), (1, 99, longest), (3, 7, longest), (4, 11, dict(max_length=38)),
-            (1, 4, short), (2, 2, short), (1, 99, {})]):
+            (1, 5, dict(max_turns=1)), (1, 99, longest), (3, 7, longest), (4, 11, {}), (1, 99, {})]):
         model, env, questions = agent(seed, rollout_batch=rows, **flags)
-        if seed == 10:  # 28 rows: a row waits until three others do
+        if seed == 8:  # 32 rows: a row waits until three others do
             questions = [q | {"question": q["question"] + " Kabul" * n} for q in questions for n in range(4)]
         def likeliest(e):
             return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
+        if seed == 7:  # what it likes to write shall end an action
+            first = play(env, questions[0], likeliest)
+            env.eos_ids.update(t for k, t in zip(first.action_id, first.ids) if k == first.turn)
         played = [play(env, question, likeliest) for question in questions]
         assert llds.rollout(model, env, questions, group, 0.0) == [e for e in played for _ in range(group)]
         for e in played:
-            assert e.done and len(e.ids) <= env.max_length and e.action_id[-1] == e.turn > len(e.searches)
+            room = len(e.ids) - e.action_id.index(1), env.longest
+            assert e.done and room[0] <= room[1] and e.action_id[-1] == e.turn > len(e.searches)
             seen.update(searches=len(e.searches), corrections=e.turn - 1 - len(e.searches), late=e.turn > 2,
-                        answers=e.answer_start is not None, full=len(e.ids) == env.max_length,
-                        no_room=e.answer_start is None and e.turn <= env.cfg.max_turns)
+                        answers=e.answer_start is not None, full=room[0] == room[1],
+                        eos=any(k > 0 and t in env.eos_ids - {0} for k, t in zip(e.action_id, e.ids)))
     assert len(seen) == 6 and min(seen.values()) > 1, seen
 
-@pytest.mark.parametrize("group, rows", [(1, 99), (3, 7)])
+@pytest.mark.parametrize("group, rows", [(1, 99), (3, 7), (4, 99)])
 def test_prompt_and_feedback_are_read_once(group, rows):
-    """Prompt and feedback by the row that they are for; all else is one token wide."""
-    (model, env, questions), read = agent(21, rollout_batch=rows), []
-    model.base_model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
-    prompts, feedbacks = 7 * group, sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
-    assert sum(n for n, width in read if width > 1) == prompts + feedbacks > prompts
+    """By the row that they are for; all else is one token wide. The head sees one state a row. No row waits
+    once an eighth of the rows do: those whose last token had been read before were fewer."""
+    (model, env, questions), total, read, heads, calls = agent(21, rollout_batch=rows), 8 * group, [], [], []
+    def respond(episodes):
+        waited = sum(e.cached == len(e.ids) for e in episodes)
+        Environment.respond(env, episodes)
+        calls.append((len(episodes), waited, sum(e.done for e in episodes)))
+    env.respond = respond
+    model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["input_ids"].shape), with_kwargs=True)
+    model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[1]))
+    prompts, feedbacks = total, sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
+    assert sum(n for n, width in read if width > 1) == prompts + feedbacks > prompts and set(heads) == {1}
+    for completed, waited, done in calls:
+        assert 8 * completed >= min(total, rows) > 8 * waited or total < rows
+        total -= done
+    assert total == 0
 
-def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch):
-    """With one row in the cache every call of the sampler is a token of an action, in order."""
-    (model, env, questions), said, multinomial = agent(22, rollout_batch=1), [], torch.Tensor.multinomial
-    def sampler(p, n):
-        token = multinomial(p, n)
-        said.append(p.gather(1, token).log().item())
-        return token
-    monkeypatch.setattr(torch.Tensor, "multinomial", sampler)
-    episodes = llds.rollout(model, env, questions, 1, 1.3)
-    b = llds.collate(episodes, 7)
+def test_sampled_log_probabilities_are_those_of_the_training_forward():
+    """Fewer rows than episodes: rows wait, leave, and are taken again."""
+    model, env, questions = agent(22, rollout_batch=7)
+    episodes = llds.rollout(model, env, questions, 3, 1.3)
+    b = llds.collate(episodes, 3)
     logp, _ = llds.token_logps(model, b.ids, b.action_id, 1.3)
-    near(logp[b.action_id > 0].detach(), said, 1e-4, 1e-5)
+    near(logp[b.action_id > 0].detach(), list(chain(*[e.sampled_logp for e in episodes])), 1e-4, 1e-5)
     assert sum(len(e.searches) for e in episodes) > 0
     for e, row, mask in zip(episodes, b.ids, b.answer_mask):
         assert row[mask > 0].tolist() == ([] if e.answer_start is None else e.ids[e.answer_start:])
@@ -446,65 +465,78 @@ def test_sampled_log_probabilities_are_those_of_the_training_forward(monkeypatch
 # --------------------------------------------------------------------------------------------- the update
 @pytest.mark.parametrize("temperature, chunk", [(1.0, 1024), (1.7, 3)])
 def test_token_logps_equal_those_of_full_logits(temperature, chunk):
-    """Values, exact entropy, each parameter's gradient; 0 outside actions. 3: less than the actions have."""
+    """Values, exact entropy, each parameter's gradient; 0 outside actions. 3: less than the actions have, and
+    all that the head sees at a time."""
     model, env, questions = agent(23)
-    b = llds.collate(llds.rollout(model.float(), env, questions, 1, temperature), 7)
-    weight = torch.randn(b.ids.shape)                                      # (N, T)
+    b = llds.collate(llds.rollout(model.float(), env, questions, 1, temperature), 8)
+    weight, seen = torch.randn(b.ids.shape), []                            # (N, T)
     def solved(logp, entropy):
         return [logp, entropy, *torch.autograd.grad((logp * weight).sum(), [*model.parameters()])]
     full = (model(b.ids).logits[:, :-1] / temperature).log_softmax(-1)     # column t predicts t + 1
     full = full.gather(2, b.ids[:, 1:, None])[..., 0], -(full.exp() * full).sum(-1).detach()
     want = solved(*(torch.nn.functional.pad(x, (1, 0)) * (b.action_id > 0) for x in full))
+    model.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel()))
     got = solved(*llds.token_logps(model, b.ids, b.action_id, temperature, chunk))
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
     assert not any(x[b.action_id == 0].any() for x in got[:2]) and all(x.any() for x in got)
     assert not any(x.any() for x in llds.token_logps(model, b.ids, 0 * b.ids))   # no action at all
+    assert max(seen) <= max(chunk, len(b.ids))
 
-def stepped(micro_batch_tokens=800, rate=0.3, tied=False, greedy=False, shard=None, **flags):
+def stepped(micro_batch_size=8, tied=False, greedy=False, shard=None, **flags):
     """One training step on fixed rollouts, right or wrong by decree; the reference has smaller weights."""
-    model, env, questions = agent(30)
+    model, env, questions = agent(55)
     if tied:
         model.lm_head = torch.nn.Linear(64, model.config.vocab_size, bias=False)
         model.lm_head.weight = model.get_input_embeddings().weight
-    cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=".5",
-                             micro_batch_tokens=micro_batch_tokens) | flags)
+    cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=.5,
+                             warmup_ratio=0.0, learning_rate=.3, micro_batch_size=micro_batch_size) | flags)
     if shard:
         shard(model.float(), cfg)
-    episodes = llds.rollout(model.float(), env, questions, cfg.group_size, 0.0 if greedy else 1.0)
+    mine = questions[llds.RANK::llds.WORLD]
+    episodes = llds.rollout(model.float(), env, mine, cfg.group_size, 0.0 if greedy else 1.0)
     for i, e in enumerate(episodes):
-        e.reward = float(i % 3 == 0 or e.answer_start is not None)
-    learner = llds.start_run(model, copy.deepcopy(model.state_dict()), 1.0, cfg)
-    learner.start = {name: .9 * x for name, x in model.state_dict().items()}
-    learner.optimizer = torch.optim.SGD(model.parameters(), rate)
-    torch.manual_seed(llds.RANK)                                           # rank 0's plan for everyone
-    metrics, b = llds.train_step(learner, episodes, cfg)
-    return SimpleNamespace(metrics=metrics, batch=b, model=model, episodes=episodes,
+        e.reward = float((i % cfg.group_size + e.question["n"]) % 3 == 0 or e.answer_start is not None)
+        e.sampled_logp *= cfg.temperature == 1                             # another one is none of the sampler's
+    learner = llds.new_learner(model, copy.deepcopy(model.state_dict()), 1.0, cfg)
+    learner.initial_weights = {name: .9 * x for name, x in model.state_dict().items()}
+    learner.optimizer = torch.optim.SGD(model.parameters(), 9e9)           # train_step() sets the rate
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        if greedy:                                                         # any number of processes: the same plan
+            patch.setattr(torch, "randperm", torch.arange)
+        metrics, b = llds.train_step(learner, episodes, cfg)
+    return SimpleNamespace(metrics=metrics, batch=b, model=model, episodes=episodes, learner=learner,
                            weights=[getattr(p, "full_tensor", p.detach)() for p in model.parameters()])
 
 @pytest.mark.parametrize("gate", GATES)
 def test_llds_acts_from_the_second_update_on(gate):
-    """At the first, new = old to the last bit: rounding alone would open the gates at full strength."""
-    for flags in (dict(rate=0.0), dict(mini_batches=1, num_iterations=1)):  # none moves; a first update
+    """At the first, new = old to the last bit: rounding alone would open the gates at full strength. Nor do the
+    reference's weights, for whose KL they are swapped, leave a trace."""
+    for flags in (dict(learning_rate=0.0), dict(mini_batches=1, num_iterations=1)):  # none moves; a first update
         run = stepped(llds_gate=gate, **flags)
         assert run.metrics["llds"] == run.metrics["llds_gate_frac"] == run.metrics["clip_frac"] == 0.0
+        assert run.learner.updates == (4 if "learning_rate" in flags else 1)
+        start = [*agent(55)[0].float().parameters()]
+        assert all(map(torch.equal, run.weights, start)) == ("learning_rate" in flags)
     near(run.metrics["kl"], llds.kl_penalty(run.batch.old_logp, run.batch.ref_logp, run.batch.action_id > 0))
+    assert run.metrics["kl"] > 1e-3
     metrics = stepped(llds_gate=gate, mini_batches=1).metrics             # a second one, on the same rollouts
     assert metrics["llds"] > 0 and metrics["clip_frac"] > 0 and metrics["kl"] > 0
 
 def test_micro_batches_do_not_change_the_update(monkeypatch):
-    want, *others = [stepped(tokens) for tokens in (10 ** 6, 800, 1)]
+    want, *others = [stepped(rows) for rows in (99, 3, 1)]
     for other in others:
         assert other.metrics == pytest.approx(want.metrics, rel=1e-3, abs=1e-5, nan_ok=True)
         torch.testing.assert_close(other.weights, want.weights, rtol=1e-4, atol=1e-5)
     assert want.metrics["clip_frac"] > 0 and want.metrics["llds_gate_frac"] > 0
-    for knob in (dict(beta=0.0), dict(clip=9.0), dict(answer_weight="1"), dict(llds_gate="token"),
+    for knob in (dict(beta=0.0), dict(clip=9.0), dict(answer_weight=1.0), dict(llds_gate="token"),
                  dict(temperature=2.0)):
-        assert not all(map(torch.equal, stepped(10 ** 6, **knob).weights, want.weights)), knob
+        assert not all(map(torch.equal, stepped(99, **knob).weights, want.weights)), knob
     for name in ("policy_loss", "llds_penalty"):  # one micro-batch: its own mean is that of the mini-batch
         own_mean = partial(lambda loss, *args: loss(*args[:-1]), getattr(llds, name))
         monkeypatch.setattr(llds, name, own_mean)
-    assert all(map(torch.equal, stepped(10 ** 6).weights, want.weights))
-    assert torch.equal(stepped(freeze_embeddings=True).weights[0], agent(30)[0].float().get_input_embeddings().weight)
+    assert all(map(torch.equal, stepped(99).weights, want.weights))
+    assert torch.equal(stepped(freeze_embeddings=True).weights[0], agent(55)[0].float().get_input_embeddings().weight)
 
 def test_metrics_by_hand():
     """Of right and wrong responses, of actions and numbers of searches; what fell during the step."""
@@ -517,60 +549,63 @@ def test_metrics_by_hand():
     fell = [float((now[i] - b.old_logp[i]).sum() < -1e-3) for i, e in enumerate(rows) if e.reward]
     want = {"reward": fmean(e.reward for e in rows), "searches": fmean(len(e.searches) for e in rows),
             "action_tokens": len(tokens) / len(rows), "displaced": fmean(fell),
-            "zero_std_groups": fmean(len({e.reward for e in rows[i:i + 4]}) == 1 for i in range(0, 28, 4)),
+            "zero_std_groups": fmean(len({e.reward for e in rows[i:i + 4]}) == 1 for i in range(0, 32, 4)),
+            "entropy": b.entropy.sum().item() / len(tokens), "answer_weight": .5,
             "logp_correct": logp(lambda e, k: e.reward), "logp_wrong": logp(lambda e, k: not e.reward),
             **{f"logp_action{n}": logp(lambda e, k: k == n and e.reward) for n in (1, 2)},
             **{f"logp_{n}searches": logp(lambda e, k: len(e.searches) == n) for n in range(4)}}
     near([run.metrics[name] for name in want], list(want.values()))
-    assert len(set(want.values())) > 9 and 0 < want["displaced"] < 1
-    weight = stepped(answer_weight="adaptive").metrics["answer_weight"]
+    assert len(set(want.values())) > 9 and 0 < want["displaced"] < 1 and 0 < run.metrics["sampler_gap"] < 1e-5
+    weight = stepped(adaptive_answer_weight=True).metrics["answer_weight"]
     assert weight == pytest.approx(want["searches"] / 2) and 0 < weight < 1
 
 def test_mini_batches_hold_whole_groups_and_micro_batches_fit():
-    lengths = [3, 9, 4, 4, 8, 2, 30, 1, 5, 5]                              # five groups of two
+    """Equal parts of shuffled groups; rows of like length together, three at most."""
+    lengths = [3, 9, 4, 4, 8, 2, 30, 1, 5, 5, 7, 6]                        # six groups of two
     episodes = [SimpleNamespace(ids=[0] * length) for length in lengths]
-    plan = [[rows.tolist() for rows in mini_batch] for mini_batch in llds.split(episodes, 2, 3, 18)]
-    assert sorted(len(sum(mini_batch, [])) for mini_batch in plan) == [2, 4, 4]
-    assert all(r ^ 1 in sum(mini_batch, []) for mini_batch in plan for r in sum(mini_batch, []))
-    assert sorted(sum(chain(*plan), [])) == [*range(10)]
-    assert all(len(rows) == 1 or len(rows) * max(lengths[r] for r in rows) <= 18 for rows in chain(*plan))
+    cfg = llds.Config(group_size=2, mini_batches=3, micro_batch_size=3)
+    plans = [[[rows.tolist() for rows in mini_batch] for mini_batch in llds.split(episodes, cfg)] for _ in range(9)]
+    for plan in plans:
+        assert [[len(rows) for rows in mini_batch] for mini_batch in plan] == [[3, 1]] * 3
+        assert all(r ^ 1 in sum(mini_batch, []) for mini_batch in plan for r in sum(mini_batch, []))
+        assert sorted(sum(chain(*plan), [])) == [*range(12)]
+        assert all(sum(part, []) == sorted(sum(part, []), key=lambda r: (lengths[r], sum(part, []).index(r)))
+                   for part in plan)
+    assert len({str(plan) for plan in plans}) > 3
+
+def watched(monkeypatch, name, keep):
+    """Every call of llds.NAME is kept: keep(args, result). Returns the list."""
+    calls, real = [], getattr(llds, name)
+    def call(*args, **flags):
+        result = real(*args, **flags)
+        calls.append(keep(args, result))
+        return result
+    monkeypatch.setattr(llds, name, call)
+    return calls
 
 def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_update(tmp_path, monkeypatch):
-    """Evaluation asks the intact one. A search counts as what it would have found."""
-    cfg = llds.Config(questions_per_step=4, mini_batches=2, warmup_ratio=1.0, steps=2)  # warm-up: 4 updates
+    """Evaluation, before the first step and after the last, asks the intact one. A search counts as what it would
+    have found. A run that goes on takes another learning rate at once. No question twice in a step."""
+    cfg = llds.Config(questions_per_step=4, mini_batches=2, warmup_ratio=.7, steps=2)  # warm-up: 2.8 of 4 updates
     model, env, questions = agent(35)
-    noisy, rollouts, rollout = copy.copy(env), [], llds.rollout
+    noisy = copy.copy(env)
     noisy.retriever = ErringRetriever(env.retriever, PASSAGES[100:], 1.0)
-    def watched(model, env, *rest, **flags):
-        rollouts.append((env, rollout(model, env, *rest, **flags)))
-        return rollouts[-1][1]
-    monkeypatch.setattr(llds, "rollout", watched)
-    learner = llds.start_run(model, None, 0.1, cfg)
-    cfg.steps = 1                                                          # two of them
-    llds.train(learner, noisy, env, questions, questions, tmp_path, cfg)
-    near(learner.scheduler.get_last_lr(), [cfg.learning_rate / 2])
-    (first, episodes), (second, _) = rollouts
-    assert first is noisy and second is env
-    searched = [e for e in episodes if e.searches and e.searches[0]]
+    rollouts = watched(monkeypatch, "rollout", lambda args, played: (args[1], args[2], played))
+    rates = watched(monkeypatch, "optimizer_step", lambda args, norm: args[2] / 5e-4)
+    def trained():
+        learner = llds.new_learner(model, model.state_dict(), 0.1, cfg)
+        llds.train(learner, noisy, env, questions, questions[:2], tmp_path, cfg)
+        return learner.history
+    trained()
+    assert [played[0] is noisy for played in rollouts] == [False, True, True, False]
+    assert rates == pytest.approx([0, 1 / 2, 1, 1])
+    asked = [[q["n"] for q in played[1]] for played in rollouts]
+    assert asked[0] == asked[3] == [0, 1] and asked[1] != asked[2] and len({*asked[1]}) == len({*asked[2]}) == 4
+    searched = [e for e in rollouts[1][2] if e.searches and e.searches[0]]
     right = {passage["contents"] for passage in PASSAGES[:100]}
     assert searched and all(set(found) <= right for e in searched for found in e.searches)
-
-def test_a_resumed_run_takes_the_new_learning_rate(tmp_path):
-    """From its second update on; a model with dropout, or other layers than ours, is none of ours."""
-    model, env, questions = agent(36)
-    rates = []
-    for rate in (1e-3, 4e-3):
-        cfg = llds.Config(questions_per_step=4, steps=len(rates) + 1, learning_rate=rate, warmup_ratio=0.0)
-        learner = llds.start_run(model, None, 0.1, cfg)
-        llds.train(learner, env, env, questions, questions[:1], tmp_path, cfg)
-        rates += learner.scheduler.get_last_lr()
-    assert rates == [1e-3, 4e-3] and len(learner.history) == 2
-    llds.check_model(model, env.tok)
-    for part, name, value in ((model.config, "sliding_window", 4), (model.config, "layer_types", ["linear_attention"]),
-                              (model.base_model.layers[0].self_attn, "attention_dropout", .5)):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(part, name, value)
-            llds.check_model(model, env.tok)
+    cfg.steps, cfg.learning_rate = 3, 1e-3
+    assert [row["step"] for row in trained()] == [0, 1, 2, 3] and rates[4:] == pytest.approx([2, 2])
 
 def test_first_action_match_by_hand():
     """One: the right response found a, then c; the wrong ones a, b; b, a; nothing; nothing: 1 of 4. Two: two
@@ -588,43 +623,49 @@ def test_evaluation_tells_sets_apart(monkeypatch):
     played = [llds.Episode({"set": name}, [], [], 0, reward=r, searches=[[]] * n) for name, r, n in rows]
     monkeypatch.setattr(llds, "rollout", lambda *_, temperature: played if temperature == 0 else [])
     want = dict(eval_em=3 / 5, eval_em_a=1 / 3, eval_em_b=1, eval_em_average=2 / 3, eval_searches=7 / 5)
-    assert llds.evaluate(None, None, []) == pytest.approx(want | dict(eval_searches_a=1, eval_searches_b=1))
+    scores = llds.evaluate(None, None, [e.question for e in played])
+    assert scores == pytest.approx(want | dict(eval_searches_a=1, eval_searches_b=1))
     del played[3:]
-    assert "eval_em_average" not in llds.evaluate(None, None, [])          # of one set
+    assert "eval_em_average" not in llds.evaluate(None, None, [e.question for e in played])  # of one set
 
 def test_bfloat16_products_with_float32_weights(monkeypatch):
-    """Rollout and log-probabilities under autocast: a bfloat16 cache, values near the float32 ones."""
-    (model, env, questions), caches, real = agent(37), [], llds.SlotCache
+    """Rollout and log-probabilities under autocast: a bfloat16 cache, values near the float32 ones. Outside,
+    autocast is off."""
+    (model, env, questions), cfg = agent(37), llds.Config(dtype="bfloat16")
+    caches, real = [], llds.SlotCache
     b = llds.collate(llds.rollout(model.float(), env, questions, 2), 2)
     exact, _ = llds.token_logps(model, b.ids, b.action_id)
     monkeypatch.setattr(llds, "SlotCache", lambda *shape: caches.append(real(*shape)) or caches[-1])
-    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
-        assert all(e.done for e in llds.rollout(model, env, questions, 2))
+    env.cfg.dtype = "bfloat16"
+    assert all(e.done for e in llds.rollout(model, env, questions, 2))
+    with llds.mixed_precision(cfg):
         logp, entropy = llds.token_logps(model, b.ids, b.action_id)
         logp.sum().backward()
     assert {buffer.dtype for buffer in caches[0].buffers.values()} == {torch.bfloat16}
     assert logp.dtype == entropy.dtype == torch.float32 and 0 < (logp - exact).abs().mean() < .05
     assert {(p.dtype, p.grad.dtype) for p in model.parameters()} == {(torch.float32, torch.float32)}
+    assert not torch.is_autocast_enabled("cpu")
 
 def test_gradient_checkpointing_computes_again_and_changes_nothing():
     (plain, env, questions), (ours, *_), calls = agent(38), agent(38, gradient_checkpointing=True), []
     ours.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     episodes = llds.rollout(plain, env, questions, temperature=0.0)
-    assert llds.rollout(ours, env, questions, temperature=0.0) == episodes and not any(calls)
-    b = llds.collate(episodes, 7)
+    assert llds.rollout(ours.train(), env, questions, temperature=0.0) == episodes and not any(calls)
+    cfg, trained = llds.Config(group_size=8, steps=1, mini_batches=1, warmup_ratio=0.0), []
+    for i, e in enumerate(episodes):
+        e.reward = float(i % 2)
     for model in (plain, ours):
-        llds.token_logps(model, b.ids, b.action_id)[0].sum().backward()
+        llds.train_step(llds.new_learner(model, model.state_dict(), .1, cfg), episodes, cfg)
+        trained.append([*model.parameters()])
     assert sum(calls) == 2                                                 # forward, and again in backward
-    torch.testing.assert_close([p.grad for p in ours.parameters()], [p.grad for p in plain.parameters()])
+    torch.testing.assert_close(*trained)
 
 def test_an_update_without_a_finite_gradient_is_skipped():
     model = torch.nn.Linear(2, 1)
-    learner = SimpleNamespace(model=model, optimizer=torch.optim.SGD(model.parameters(), 1.0))
-    learner.scheduler = torch.optim.lr_scheduler.ConstantLR(learner.optimizer, 1.0)
-    start = copy.deepcopy(model.state_dict())
-    for x, size in ((math.inf, 0), (1.0, 1)):                              # of the step: none, or cut to 1
+    optimizer, start = torch.optim.SGD(model.parameters(), 9.0), copy.deepcopy(model.state_dict())
+    for x, size in ((math.inf, 0), (math.nan, 0), (1.0, 2)):               # of the step: none, or cut to 1, times 2
         (model(torch.ones(1, 2)) * x).sum().backward()
-        norm = llds.optimizer_step(learner)
+        norm = llds.optimizer_step(model, optimizer, 2.0)
         change = torch.cat([(p.detach() - start[name]).flatten() for name, p in model.named_parameters()])
         assert math.isfinite(norm) == bool(size) and all(p.grad is None for p in model.parameters())
         near(change.norm(), size, 1e-3)
@@ -674,19 +715,41 @@ def test_the_readme_trainer_for_trl(updates, tmp_path):
             processing_class=tok).train()
     assert len(seen) == 4 and max(seen[::updates]) < 1e-6 and (updates == 1 or max(seen[1::2]) > 1e-4)
 
-def test_the_memory_table_is_what_its_formula_says(capsys):
-    snippet("def gigabytes")
-    rows = re.findall(r"^(\| [\d.]+B.* \| [\d.]+ \| [\d.]+ \|) \d+ GB", README, re.M)
-    assert capsys.readouterr().out.splitlines() == rows != []
+def gigabytes(layers, hidden, kv, ffn, vocab, tied, gpus=1, offload=False, tokens=14500, rows=80, cells=2900):
+    """What each GPU holds in an update and in a rollout, in GB (10**9 bytes). kv: size of a token's keys in a layer;
+    tokens: of a micro-batch; rows, cells: of the KV cache."""
+    layer = 2 * hidden * hidden + 2 * hidden * kv + 3 * hidden * ffn
+    total = layers * layer + vocab * hidden * (1 if tied else 2)
+    fsdp = gpus > 1 or offload                  # then what autograd keeps is bfloat16, too
+    share = 0 if offload else total / gpus      # float32: weights 4 bytes, the two moments of AdamW 8, gradients 4
+    casts = 2 * total                           # bfloat16 weights: FSDP2's, or kept by autocast for a rollout
+    inputs = (2 if fsdp else 4) * tokens * hidden * layers  # of each layer: all that gradient checkpointing keeps
+    again = tokens * (36 * hidden + 16 * ffn) + 10 * layer * fsdp  # one layer, computed again; its gradients, reduced
+    head = 12 * 256 * vocab + (4 * vocab * hidden if tied else 0)  # logits of 256 tokens; a tied head's gradient
+    most = max(again + head, 10 * vocab * hidden)  # or the head's casts and gradients, if more
+    cache = 2 * 2 * rows * cells * kv * layers  # keys and values, bfloat16
+    reading = rows * 500 * (18 * hidden + 6 * ffn)  # the feedback of all rows, read in one pass
+    return (16 * share + casts * fsdp + inputs + most) / 1e9, (12 * share + casts + cache + reading) / 1e9
+
+def test_the_memory_table_is_what_the_formula_says():
+    half, three, seven = ((24, 896, 128, 4864, 151936, True), (36, 2048, 256, 11008, 151936, True),
+                          (28, 3584, 512, 18944, 152064, False))
+    for name, *setting in (("0.5B", half), ("3B", three), ("3B, `--cpu_offload`", three, 1, True),
+                           ("7B, `--cpu_offload`", seven, 1, True), ("7B on 4 GPUs", seven, 4)):
+        sizes, *rest = setting
+        assert "| {} | {:.1f} | {:.1f} |".format(name, *gigabytes(*sizes, *rest)) in README
+
+def test_the_readme_is_of_one_sitting():
+    assert len(README.encode()) <= 20_000 and max(map(len, README.splitlines())) <= 120
 
 # ------------------------------------------------------------------------------ retriever.py: from outside
 @contextmanager
 def ends(capsys, why):
-    """The program ends there with status 2 and one line that says why; argparse puts a name before it."""
+    """The program ends there with status 2, and its last line says why."""
     with pytest.raises(SystemExit) as stop:
         yield
     said = capsys.readouterr().err.splitlines()[-1]
-    assert stop.value.code == 2 and re.match("([^:]*: )?error: ", said) and why in said, said
+    assert stop.value.code == 2 and said.startswith("error: ") and why in said, said
 
 def write(path, *rows):
     """Rows, or lines as they are, one a line."""
@@ -696,9 +759,12 @@ def write(path, *rows):
 
 def test_texts_by_hand():
     """Tags are broken, Search-R1's normalisation is exact match's, and terms are words or characters."""
+    tags = [f"<{slash}{name}>" for name in ("think", "search", "information", "answer") for slash in ("", "/")]
     for text, want in (("<b> é日😀", "<b> é日😀"), ("a\ud83d", "a\ufffd"), ("</search>x<answer>", "< /search>x< answer>"),
                        ("</infor</information>mation>", "</infor< /information>mation>")):
-        assert clean(text, TAG) == want and information([{"contents": "T\n" + text}]) == "Doc 1(Title: T) " + want
+        assert clean(text, tags) == want and format_passages([{"contents": "T\n" + text}]) == "Doc 1(Title: T) " + want
+    for text, want in (("<a> x <a> y </a> z </a>", "y"), ("<a></a>", ""), ("x </a> <a> y", None), ("<a> x", None)):
+        assert text_in_tag("a", text) == want
     for prediction, golden, want in (
             ("the PARIS.", ["Rome", "Paris"], 1), ("Paris, France", ["Paris"], 0), ("Paris", [], 0), ("", ["A"], 0),
             ("", [""], 0), (" ", ["the"], 0), ("?", ["!"], 0), ("A ", ["A"], 1), ("the", ["A"], 0),
@@ -743,10 +809,10 @@ def asked(**fields):
     return {"question": "a?", "golden_answers": ["A"], **fields}
 
 GOOD = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
-BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff"}', b"", b"null",
+BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff"}', b"null",
              b"[" * 99999, b"version https://git-lfs")
 @pytest.mark.parametrize("name, content, why", [
-    *[("c.jsonl", GOOD + bad + b"\n" + GOOD, ", line 3: ") for bad in BAD_LINES], ("c.jsonl", b"", ""),
+    *[("c.jsonl", GOOD + bad + b"\n" + GOOD, ", row 3: ") for bad in BAD_LINES], ("c.jsonl", b"", ""),
     ("c.gz", BAD_LINES[-1], ""), ("c.gz", gzip.compress(GOOD)[:-9], ""), ("", None, ""), ("none", None, "")])
 def test_a_corpus_that_cannot_be_read(tmp_path, name, content, why, capsys):
     if content is not None:
@@ -754,45 +820,60 @@ def test_a_corpus_that_cannot_be_read(tmp_path, name, content, why, capsys):
     with ends(capsys, str(tmp_path / name) + why):
         load_corpus(tmp_path / name)
 
-@pytest.mark.parametrize("name", ["q.jsonl", "my, repo/q.jsonl", "C:\\q.jsonl", "q.jsonl.gz"])
+NAMES = ["q.jsonl", "my, repo/q.jsonl", "C:\\q.jsonl", "q.jsonl.gz", "q.JSON", "a[1]*.parquet"]
+@pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
+    """Lines, with empty ones among them, a JSON array or a table; a corpus in the first two forms, too."""
     monkeypatch.chdir(tmp_path)
-    rows = [{"question": f"É {i}?", "golden_answers": [str(i)], "set": None} for i in range(3)]
-    write(name, *rows)
+    rows = [{"question": f"É {i}?", "golden_answers": [str(i)], "contents": "?", "instead_of": "x"} for i in range(3)]
+    write(name, *([json.dumps(rows, indent=1)] if "JSON" in name else [*rows[:1], "", *rows[1:], ""]))
     if name.endswith(".gz"):
         Path(name).write_bytes(gzip.compress(Path(name).read_bytes()))
-    assert load_questions(name, "test") == rows
+    if name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(name)
+        Dataset.from_list(rows).to_parquet("a1b.parquet")                  # which the name as a pattern would find
+    else:
+        assert load_corpus(name) == [{k: x for k, x in row.items() if k != "instead_of"} for row in rows]
+    numbers = (1, 3, 4) if "json" in name else (1, 2, 3)
+    assert load_questions(name, "test") == [row | {"set": None, "where": f"{name}, row {n}"}
+                                            for n, row in zip(numbers, rows)]
 
 @pytest.mark.parametrize("answers, want", [
-    ('["1947-08-15"]', ["1947-08-15"]), ('"Paris"', ["Paris"]), ("[7, 3.5]", ["7", "3.5"]), ("1945", ["1945"])])
+    ('["1947-08-15"]', ["1947-08-15"]), ('"Paris"', ["Paris"]), ("[7, 3.5]", ["7", "3.5"]), ("1945", ["1945"]),
+    (r'"[\"Angola\", \"x y\"]"', ["Angola", "x y"]), ('"[sic]"', ["[sic]"]), ('["a", NaN, ""]', ["a"]),
+    ('null, "answer": "b"', ["b"]), ('NaN, "answer": ["b"]', ["b"]), ('"", "answer": "B"', ["B"]),
+    ('null, "reward_model": {"ground_truth": "b"}', ["b"]), ('[], "reward_model": {"ground_truth": ["b", 2]}', ["b", "2"]),
+    ('null, "reward_model": {"ground_truth": {"target": ["b"]}}', ["b"])])
 def test_answers_become_lists_of_strings(tmp_path, answers, want):
-    write(tmp_path / "q.jsonl", '{"question": "a?", "golden_answers": %s, "data_source": 5}' % answers)
-    assert load_questions(f"{tmp_path}/q.jsonl", "train") == [asked(golden_answers=want, set="5", data_source=5)]
+    write(tmp_path / "q.jsonl", '{"question": "a?", "data_source": 5, "golden_answers": %s}' % answers)
+    found, = load_questions(f"{tmp_path}/q.jsonl", "train")
+    assert (found["question"], found["golden_answers"], found["set"]) == ("a?", want, "5")
 
 @pytest.mark.parametrize("bad", [
     "{", {}, [1], 5, None, *[asked(question=x) for x in (" ", None, 3)],
-    *[asked(golden_answers=x) for x in ([], [""], None, [None], [["A"]])],
-    *[asked(prompt=x) for x in ("x", [], [{"content": "x"}])],
-    *[asked(prompt=[{"role": "user", "content": x}]) for x in (None, " ")],
-    {"question": "a?", "reward_model": {"style": "rule"}},
-    {"contents": "", "questions": [asked(split="test", question="")]}], ids=str)
+    *[asked(golden_answers=x) for x in ([], [""], None, [None], [["A"]], math.nan)],
+    *[asked(prompt=x) for x in ("x", [{"content": "x"}])],
+    *[asked(prompt=[{"role": "user", "content": x}]) for x in (None, " ")], asked(data_source="average"),
+    {"question": "a?", "reward_model": {"style": "rule"}}, {"question": "a?", "reward_model": [3]},
+    {"contents": "", "questions": [asked(split="test", question="")]}, {"contents": "", "questions": "x"}], ids=str)
 def test_a_bad_question_is_named(tmp_path, bad, capsys):
     write(tmp_path / "q.jsonl", asked(split="test"), asked(split="test"), bad)
-    with ends(capsys, "q.jsonl, line 3: " if bad == "{" else "q.jsonl, row 3: "):
+    with ends(capsys, "q.jsonl, row 3: "):
         load_questions(f"{tmp_path}/q.jsonl", "test")
 
 @pytest.mark.parametrize("sources, why", [
-    ("e.jsonl", "no questions"), ("none.jsonl", "none.jsonl"), ("q.jsonl,x/q.jsonl", "two sets"),
-    (str(CORPUS), "no questions for 'dev'"), ("x", "x: ")])
+    ("e.jsonl", "no questions"), ("none.jsonl", "none.jsonl"), ("q.jsonl,./q.jsonl", "two sets"), ("q.jsonl,", "comma"),
+    (str(CORPUS), "no questions for 'dev'"), ("x", "x: "), ("q.txt", "q.txt: its name must end in"), (" ", "comma")])
 def test_a_set_without_questions(tmp_path, monkeypatch, sources, why, capsys):
     monkeypatch.chdir(tmp_path)
-    write("q.jsonl", asked())
-    write("x/q.jsonl", asked())
+    for name in ("q.jsonl", "x/q.jsonl", "q.txt"):
+        write(name, asked())
     Path("e.jsonl").write_text("")
     with ends(capsys, why):
         load_questions(sources, "dev")
 
-def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatch, capsys):
+def test_questions_as_search_r1_keeps_them_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
+    """A set is called by its rows, by its configuration, or by its file, with the folder if that is not enough."""
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": [{"role": "user", "content": f"Say {i}"}], "data_source": name, "reward_model": {
         "style": "rule", "ground_truth": {"target": [str(i)]}}} for i, name in enumerate(("nq", "nq", "popqa"))]
@@ -801,6 +882,13 @@ def test_questions_as_search_r1_keeps_them_and_from_the_hub(tmp_path, monkeypatc
     assert [(q["question"], q["golden_answers"], q["set"]) for q in found] == [
         ("Say 0", ["0"], "nq"), ("Say 1", ["1"], "nq"), ("Say 2", ["2"], "popqa")]
     assert found[2]["prompt"] == rows[2]["prompt"]
+    write("bench/README.md", "---", "configs:", *[f"- config_name: {name}\n  data_files:\n  - split: test\n"
+          f"    path: {name}/test.jsonl" for name in ("nq", "pop")], "---")
+    write("bench/nq/test.jsonl", asked())
+    write("bench/pop/test.jsonl", asked(), asked())
+    folders, files = "bench:nq:test,bench:pop", "bench/nq/test.jsonl,bench/pop/test.jsonl,theirs.parquet"
+    assert [q["set"] for q in load_questions(folders, "test")] == ["nq", "pop", "pop"]
+    assert [q["set"] for q in load_questions(files, "x")] == ["nq_test", "pop_test", "pop_test", "nq", "nq", "popqa"]
     calls, hub = [], Dataset.from_list([asked()])
     monkeypatch.setattr(retriever, "load_dataset", lambda path, name, split: calls.append((path, name, split)) or hub)
     sets = load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
@@ -814,7 +902,8 @@ def test_what_the_corpus_promises():
     facts = {}
     for part in ("train", "test"):
         found = load_questions(str(CORPUS), part)
-        assert found == [dict(q, set=f"{q['hops']}hop") for q in QUESTIONS if q["split"] == part]
+        rows = [dict(q, set=f"{q['hops']}hop") for q in QUESTIONS if q["split"] == part]
+        assert [{k: x for k, x in q.items() if k != "where"} for q in found] == rows
         facts[part] = {frozenset(pair) for q in found for pair in zip(q["path"], q["path"][1:])}
         assert all(len(q["path"]) == q["hops"] + 1 and q["path"][-1] in q["golden_answers"] for q in found)
     passages = [set(re.findall(r"\w+", passage["contents"])) for passage in PASSAGES]
@@ -841,76 +930,118 @@ def test_http_and_in_process_search_find_the_same(server):
     for hit in chain(*wanted):
         del hit["questions"], hit["score"]                                 # questions would tell the answers
     assert found == wanted
-    status, reply = post(server, json.dumps({"queries": queries[:1]}))
-    assert status == 200 and json.loads(reply) == {"result": found[:1]} and server.server_address[0] == "127.0.0.1"
+    for asks, want in (({}, found[:1]), ({"topk": 2}, [found[0][:2]]), ({"topk": None, "return_scores": False}, found[:1]),
+                       ({"topk": 1, "return_scores": True}, [[{"document": found[0][0], "score": here.search(queries, 1)[0][0]["score"]}]])):
+        status, reply = post(server, json.dumps({"queries": queries[:1]} | asks))
+        assert status == 200 and json.loads(reply) == {"result": want} and server.server_address[0] == "127.0.0.1"
     with concurrent.futures.ThreadPoolExecutor(200) as pool:               # 200 connections at once
         assert all(pool.map(lambda _: post(server, '{"queries": ["capital"]}')[0] == 200, range(200)))
 
-@pytest.mark.parametrize("body", ['{"queries": "capital"}', '{"queries": [1]}', '{"topk": 3}', "{", "[]", "\xff",
-                                  '{"queries": ["a"], "topk": "3"}'])
+@pytest.mark.parametrize("body", ['{"queries": "capital"}', '{"queries": [1]}', '{"topk": 3}', "{", "[]", "\xff", *[
+    '{"queries": ["a"], "topk": %s}' % k for k in ('"3"', "0", "-1", "true", "2.5", "1e9")]])
 def test_a_bad_request_gets_a_sentence(server, body):
     for headers in ({}, {"Transfer-Encoding": "x"}, {"Content-Length": "x"}):  # a length, none, no number
         status, reply = post(server, body, **headers)
         assert status == 400 and "Search-R1's protocol" in reply
 
 class Replies:
-    """In place of urlopen: says a list of replies, or what a function makes of the queries. Never sleeps."""
+    """In place of urllib: says a list of replies, or what a function makes of the queries. Never sleeps."""
     def __init__(self, monkeypatch, reply):
         self.reply, self.asked, self.waits = reply, [], []
-        monkeypatch.setattr(retriever.urllib.request, "urlopen", self.urlopen)
+        monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda _, request, timeout: self.open(request))
         monkeypatch.setattr(retriever.time, "sleep", self.waits.append)
 
-    def urlopen(self, request, timeout):
+    def open(self, request):
         self.asked.append(json.loads(request.data)["queries"])
         reply = self.reply(self.asked[-1]) if callable(self.reply) else self.reply.pop(0)
         if isinstance(reply, Exception):
             raise reply
         return io.BytesIO(reply if isinstance(reply, bytes) else json.dumps({"result": reply}).encode())
 
-DOWN, REFUSED = urllib.error.URLError("down"), urllib.error.HTTPError("http://x", 500, "no", {}, None)
-def test_failures_are_retried_and_a_dead_server_is_named(monkeypatch):
-    """Down, cut off, not JSON, no list, a list too short, no contents; then an answer without a score."""
-    a, b = {"contents": "a"}, {"contents": "b", "id": 1}
-    seen = Replies(monkeypatch, [DOWN, http.client.IncompleteRead(b"{"), b"<html>", 3, [],
-                                 [[{"document": {}}]], [[{"document": a}, b]]])
-    assert HTTPRetriever("http://x:1/r", tries=7).search(["q"], 3) == [[a, b]]
-    assert seen.waits == [0, 1, 2, 4, 8, 16, 32] and not seen.reply
-    assert HTTPRetriever("http://x:1/r").search([], 3) == []              # asks nobody
-    seen = Replies(monkeypatch, [REFUSED, DOWN])
-    with pytest.raises(OSError, match="http://x:1/r.*down.*2 times"):
-        HTTPRetriever("http://x:1/r", tries=2).search(["q"], 3)
-    assert seen.waits == [0, 1]
+def code(number, **headers):
+    return urllib.error.HTTPError("http://x", number, "no", {k.replace("_", "-"): x for k, x in headers.items()}, None)
+
+DOWN, HIT, URL = urllib.error.URLError("down"), {"contents": "a"}, "http://x:1/r"
+@pytest.mark.parametrize("failure, waits", [
+    (DOWN, [1, 2]), (http.client.IncompleteRead(b"{"), [1, 2]), (http.client.RemoteDisconnected(), [1, 2]),
+    (TimeoutError("x"), [1, 2]), *[(code(n), [1, 2]) for n in (408, 429, 502, 503)], (code(429, Retry_After="7"), [7, 7]),
+    (code(503, Retry_After="0"), [0, 0]), (code(429, Retry_After="Mon, 1 Jan"), [1, 2]),
+    (code(429, Retry_After="9999"), [300, 300])], ids=repr)
+def test_a_busy_server_is_waited_for_and_a_dead_one_named(monkeypatch, failure, waits):
+    """Then it answers, once without a score; or it does not."""
+    seen = Replies(monkeypatch, [failure, failure, [[{"document": HIT | {"instead_of": "x"}}, HIT | {"id": 1}, 5]]])
+    assert HTTPRetriever(URL, tries=3).search(["q"], 2) == [[HIT, HIT | {"id": 1}]]
+    assert seen.waits == waits and not seen.reply
+    assert HTTPRetriever(URL).search([], 3) == []                          # asks nobody
+    Replies(monkeypatch, [failure] * 3)
+    with pytest.raises(OSError, match=f"{URL}.*3 times"):
+        HTTPRetriever(URL, tries=3).search(["q"], 3)
+
+@pytest.mark.parametrize("failure", [
+    *[code(n) for n in (307, 400, 401, 403, 404, 500)], b"<html>", 3, [], [[{"document": {}}]], [[{"contents": 3}]],
+    b"[" * 99999, b"[]"], ids=repr)
+def test_a_server_that_refuses_everything_ends_the_run(monkeypatch, capsys, failure):
+    """Before a model is loaded; in training after three requests in a row. It is not asked again and again."""
+    seen = Replies(monkeypatch, lambda queries: failure)
+    monkeypatch.setattr(llds, "load_model", lambda *_: pytest.fail("it loads a model"))
+    with ends(capsys, "--retriever_url " + URL):
+        llds.main(["--retriever_url", URL])
+    assert len(seen.asked) == 1
+    engine = HTTPRetriever(URL)
+    for answered in (False, True, False, False):
+        seen.reply = lambda queries: [[HIT] for _ in queries] if answered and "a" in queries else failure
+        assert engine.search(["a", "b"][:1 + answered], 3) == [[HIT], [HIT]][:2 * answered] or [[]]
+    seen.reply = lambda queries: failure
+    with pytest.raises(OSError, match=f"{URL}.*three"):
+        engine.search(["q", "r"], 3)
+    assert not seen.waits and capsys.readouterr().err.count("WARNING: --retriever_url " + URL) > 3
+    assert HTTPRetriever(URL).name and seen.asked[-2:] == [["q"], ["r"]]
 
 def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
-    hit = {"contents": "x"}
-    seen = Replies(monkeypatch, lambda queries: REFUSED if "bad" in queries else [[hit] for _ in queries])
-    assert HTTPRetriever("http://x:1/r", tries=2).search(["a", "bad", "b"], 3) == [[hit], [], [hit]]
-    assert seen.asked == [["a", "bad", "b"]] * 2 + [["a"], ["bad"], ["b"]] and sum(seen.waits) == 1
-    assert "WARNING" in (said := capsys.readouterr().err) and "'bad'" in said and said.count("\n") == 1
-    Replies(monkeypatch, lambda queries: REFUSED if len(queries) > 1 else DOWN)
-    with pytest.raises(OSError, match="http://x:1/r"):
-        HTTPRetriever("http://x:1/r", tries=1).search(["a", "b"], 3)
-    Replies(monkeypatch, lambda queries: urllib.error.HTTPError("http://x", 503, "away", {}, None))
-    with pytest.raises(OSError, match="503"):                              # gone for a while is gone
-        HTTPRetriever("http://x:1/r").search(["a"], 3)
+    seen = Replies(monkeypatch, lambda queries: code(500) if "bad" in queries else [[HIT] for _ in queries])
+    engine = HTTPRetriever(URL, tries=2)
+    for _ in range(4):                                                     # as often as it comes: the others are found
+        assert engine.search(["a", "bad", "b"], 3) == [[HIT], [], [HIT]]
+    assert seen.asked == [["a", "bad", "b"], ["a"], ["bad"], ["b"]] * 4 and not seen.waits
+    assert (said := capsys.readouterr().err).count("\n") == said.count("WARNING") == said.count("'bad'") == 4
+    Replies(monkeypatch, lambda queries: code(500) if len(queries) > 1 else DOWN)
+    with pytest.raises(OSError, match=URL):
+        HTTPRetriever(URL, tries=1).search(["a", "b"], 3)
+    Replies(monkeypatch, [[[]]])
+    assert isinstance(HTTPRetriever(URL).probe(), HTTPRetriever)           # to find nothing is an answer
+    for url in ("foo", "http://", "ftp://x/", "http://x:abc/", "http://a b/c", "http://[::1/", "http://x:0/"):
+        with ends(capsys, "--retriever_url " + url):
+            HTTPRetriever(url)
+
+def test_no_proxy_leads_to_this_machine(server, monkeypatch, capsys):
+    """And where one leads elsewhere, it is named."""
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    for host in ("127.0.0.1", "localhost"):
+        assert HTTPRetriever(f"http://{host}:{server.server_port}/retrieve", timeout=20).probe()
+    with ends(capsys, "http://127.0.0.1:9"):
+        HTTPRetriever("http://example.invalid/r", timeout=20).probe()
 
 def test_the_command_says_what_is_wrong(server, tmp_path, monkeypatch, capsys):
     """A port that is taken. From another working directory: the default corpus is found all the same."""
     monkeypatch.chdir(tmp_path)
-    for flag, value in (("--corpus", "none.jsonl"), ("--port", str(server.server_port))):
+    for flag, value in (("--corpus", "none.jsonl"), ("--port", str(server.server_port)), ("--host", "")):
         monkeypatch.setattr(sys, "argv", ["retriever.py", flag, value])
-        with ends(capsys, value):
+        with ends(capsys, value or "--host"):
             retriever.main()
 
 # --------------------------------------------------------------------------------------- the command line
 RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 --questions_per_step 4
     --mini_batches 2 --max_turns 1 --max_new_tokens 20 --max_feedback_tokens 40 --beta 0.01 --warmup_ratio 0.5
-    --retrieval_noise 0.2 --answer_weight adaptive --llds_lambda 0.5 0 --output_dir out
+    --retrieval_noise 0.2 --adaptive_answer_weight --llds_lambda 0.5 0 --output_dir out
     --corpus small.jsonl --train_data q.jsonl --eval_data q.jsonl""".split()
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
-    "in a step": (llds, "update", 11, signal.SIGKILL, -9, 1),              # of lambda 0, step 3
-    "in a save": (llds.dcp, "save", 2, signal.SIGKILL, -9, 4),             # of lambda 0.5, step 3
-    "server in evaluation": (llds, "evaluate", 3, "gone", 2, 4)}             # of lambda 0.5, step 3
+    "while flags are written": (llds, "write", 2, signal.SIGKILL, -9, 6),
+    "in the warm start": (llds, "optimizer_step", 9, signal.SIGKILL, -9, 6),
+    "before the first checkpoint": (llds, "backward", 3, signal.SIGKILL, -9, 6),
+    "in a step": (llds, "backward", 11, signal.SIGKILL, -9, 1),            # of lambda 0, step 3
+    "in a save": (llds.torch, "save", 2, signal.SIGKILL, -9, 4),           # of lambda 0.5, step 3
+    "server in evaluation": (llds, "evaluate", 3, "gone", 2, 4)}           # of lambda 0.5, step 3
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy, and dies."""
@@ -950,7 +1081,7 @@ def outcome(folder):
     for run in (folder / "out/lambda_0.5", folder / "out/lambda_0"):
         lines = (run / "metrics.jsonl").read_text().splitlines()
         rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-        found[run.name] = [row for row in rows if row.pop("seconds")]
+        found[run.name] = [row for row in rows if row.pop("seconds", 1)]
         found[run.name, "weights"] = (run / "model.safetensors").read_bytes()
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
     return found
@@ -959,15 +1090,16 @@ def test_three_steps_from_the_command_line(whole, capsys, monkeypatch):
     """Two lambdas, one training each, from one start and one seed; then the saved model answers."""
     first, _, second, _ = outcome(whole).values()
     for rows in (first, second):
-        assert [(row["step"], "eval_em_2hop" in row) for row in rows] == [(1, False), (2, True), (3, True)]
-    assert all(first[0][name] == second[0][name] for name in ("reward", "logp_wrong", "entropy", "searches"))
-    assert 0 < first[0]["reward"] < 1 and first[2]["entropy"] != second[2]["entropy"]
+        assert [(row["step"], "eval_em_2hop" in row) for row in rows] == [(0, True), (1, False), (2, True), (3, True)]
+    assert all(first[1][name] == second[1][name] for name in ("reward", "logp_wrong", "entropy", "searches"))
+    assert 0 < first[1]["reward"] < 1 and first[3]["entropy"] != second[3]["entropy"]
     monkeypatch.chdir(whole)
     shutil.copy("q.jsonl", "b.jsonl")
     trained = ["--model", "out/lambda_0", "--eval_data", "q.jsonl,b.jsonl"]
     llds.main([*trained, "--ask", "What is the capital of France?"])
     said = capsys.readouterr().out
-    assert "What is the capital of France?" in said and "[[" in said and "\033" not in said
+    assert "What is the capital of France?" in said and "[[" in said
+    assert "<" not in said.splitlines()[-1]                                # the answer by itself
     llds.main([*trained, "--eval", "--output_dir", "scores"])
     said, scores = capsys.readouterr().out, json.loads(Path("scores/eval.json").read_text())
     assert scores.pop("flags")["corpus"] == "small.jsonl" and "eval_em" in scores
@@ -981,19 +1113,22 @@ def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
     steps, train_step = [], llds.train_step
     monkeypatch.setattr(llds, "train_step", lambda *args: steps.append(1) or train_step(*args))
     llds.main(["--resume", "out", "--rollout_batch", "99"])
-    said = capsys.readouterr().out
-    assert len(steps) == DEATHS[name][5] and "'rollout_batch': 99" in said and "held-out" not in said
+    assert len(steps) == DEATHS[name][5]
     assert outcome(Path.cwd()) == outcome(whole)
     assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
 
 BAD = {  # flags: what the sentence names
     "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size", "--hops 3": "--hops 3",
     "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temperature",
+    "--llds_lambda .1 .1000001": "--llds_lambda", "--llds_lambda .1 nan": "--llds_lambda", "--beta inf": "--beta",
+    "--learning_rate 1e39": "--learning_rate", "--retrieval_noise 2": "--retrieval_noise", "--seed -1": "--seed",
     "--answer_weight 1.5": "--answer_weight", "--answer_weight x": "--answer_weight", "--ask Who?": "--model",
     "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask", "--prompt x": "--prompt", "--model odd": "odd",
-    "--resume run --eval": "--eval", "--resume run --llds_lambda 0 1": "no lambda_", "--corpus no.jsonl": "no.jsonl",
+    "--resume run --eval": "--eval", "--resume run --llds_lambda 0 1": "--llds_lambda", "--corpus no.jsonl": "no.jsonl",
     "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--eval_data no.jsonl": "no.jsonl",
-    "--model bare": "bare", "--output_dir odd": "odd", "--output_dir file/x": "file", "--resume run": "no checkpoint",
+    "--model bare": "bare", "--output_dir odd": "odd", "--output_dir file/x": "file", "--model several": "lambda_",
+    "--model run": "--resume run", "--resume edited0": "edited0/flags.json", "--resume edited1": "edited1/flags.json",
+    "--resume edited2": "edited2/flags.json", "--resume edited3": "--learning_rate", "--max_new_tokens 999": "tokens",
     "--resume odd": "flags.json", "--resume run --model bare": "--model", "--resume run --ask Who?": "--ask"}
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
@@ -1002,6 +1137,9 @@ def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
     write("odd/config.json", {})
     write("bare/config.json", {"model_type": "qwen2"})                     # no weights
     write("run/flags.json", {})
+    write("several/lambda_1/flags.json", {})
+    for i, flags_then in enumerate(({"llds_lambda": ["x"]}, {"steps": None}, {"group_size": 2.5}, {"learning_rate": math.inf})):
+        write(f"edited{i}/flags.json", flags_then)
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
     with ends(capsys, BAD[flags]):
         llds.main(flags.split(" "))
@@ -1010,7 +1148,7 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
     def full(_):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     monkeypatch.setattr(llds, "load_corpus", full)
-    with ends(capsys, "--micro_batch_tokens"):
+    with ends(capsys, "--micro_batch_size"):
         llds.main([])
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
@@ -1019,25 +1157,66 @@ def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkey
         llds.parse_config(["--model", "x", "--help"])
     assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
 
-@pytest.mark.skipif(not find_spec("matplotlib"), reason="--plot is for those who have matplotlib")
-def test_the_curves_of_two_runs_lie_over_each_other(tmp_path, capsys):
-    from matplotlib import pyplot
-    pyplot.switch_backend("agg")
-    rows = [dict.fromkeys(llds.CURVES, None if t == 2 else t) | {"step": t} for t in (1, 2, 3)]
-    llds.report({"lambda 0": rows, "lambda 0.5": rows[:2]}, tmp_path / "curves.png")
-    for axis in pyplot.gcf().axes:
-        assert [line.get_xydata().tolist() for line in axis.lines] == [[[1, 1], [3, 3]], [[1, 1]]]
-    assert (tmp_path / "curves.png").stat().st_size and "1.000 ->   3.000  ▁█" in capsys.readouterr().out
+def test_the_curves_and_the_readme_s_two_lines(tmp_path, capsys, monkeypatch):
+    llds.report({"lambda_0": [{"step": t, "reward": None if t == 2 else t / 4} for t in (1, 2, 3)]})
+    assert "reward         0.250 ->  0.750 ▁█" in capsys.readouterr().out
+
+def test_main_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """Twice with --cpu_offload; bfloat16 is off afterwards; a stdout without reconfigure; a folder called tiny."""
+    monkeypatch.chdir(tmp_path)
+    write("tiny/flags.json", {"steps": 77})
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert llds.parse_config([]).steps == 40
+    for out in ("a", "b"):
+        llds.main([*SHORT, "--dtype", "bfloat16", "--cpu_offload", "--output_dir", out, "--steps", "1"])
+    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    llds.dist.destroy_process_group()
+
+def test_the_start_of_a_run_keeps_its_words_and_copies_are_left_alone(tmp_path, monkeypatch):
+    """The corpus has grown, so a new agent would have another vocabulary; a checkpoint was copied by hand."""
+    monkeypatch.chdir(tmp_path)
+    write("c.jsonl", *PASSAGES[:12])
+    llds.main([*SHORT, "--corpus", "c.jsonl", "--output_dir", "r"])
+    words_then = llds.load_model("r/start", llds.Config(), [], [])[0].get_vocab()
+    shutil.copy("r/checkpoint-2", "r/checkpoint-2-copy1")
+    write("c.jsonl", *PASSAGES[:12], {"contents": '"Luanda"\nLuanda Luanda Luanda'})
+    llds.main(["--resume", "r", "--steps", "3"])
+    assert llds.load_model("r", llds.Config(), [], [])[0].get_vocab() == words_then
+    assert {path.name for path in Path("r").glob("checkpoint*")} == {"checkpoint-3", "checkpoint-2-copy1"}
+
+@pytest.mark.parametrize("what, why", [("layer_types", "full attention"), ("sliding_window", "window"), ("nan", "NaN"),
+                                       ("missing", "lacks"), ("scaled", "sampler_gap")])
+def test_a_model_that_cannot_be_trained_is_refused(what, why, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tok, model = built_in()
+    tok.save_pretrained("m")
+    if what == "nan":
+        model.get_input_embeddings().weight.data[3] = math.nan
+    model.save_pretrained("m")
+    config = json.loads(Path("m/config.json").read_text())
+    config |= {"layer_types": {"layer_types": ["full_attention", "sliding_attention"]}, "missing": {"num_hidden_layers": 3},
+               "sliding_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}}.get(what, {})
+    config["layer_types"] = config["layer_types"] if what == "layer_types" else None
+    write("m/config.json", config)
+    if what == "scaled":                                                   # in its own forward alone
+        forward = Qwen2ForCausalLM.forward
+        def scaled(*args, **flags):
+            output = forward(*args, **flags)
+            output.logits = output.logits * 9
+            return output
+        monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
+    with ends(capsys, why):
+        llds.main([*SHORT, "--model", "m", "--preset", "tiny", "--warm_steps", "0"])
 
 # ------------------------------------------------------------------------------------- several processes
 KINDS = (dict(beta=0.1), dict(tied=True, freeze_embeddings=True), dict(tied=True, cpu_offload=True))
-KIND = dict(group_size=3, micro_batch_tokens=1, greedy=True)               # 21 rows: some rank gets none at times
-SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 3 --group_size 2 --mini_batches 2
+KIND = dict(group_size=3, micro_batch_size=2, mini_batches=4, greedy=True)
+SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 4 --group_size 2 --mini_batches 2
     --max_new_tokens 9 --max_feedback_tokens 40 --hops 2 --gradient_checkpointing --beta 0.01""".split()
 def worker(task, folder):
     """What each process does: a step of every kind, or a run in which rank 1 dies."""
     if task == "dies":
-        llds.update = lambda *_, real=llds.update: os._exit(3) if llds.RANK == 1 else real(*_)
+        llds.backward = lambda *_, real=llds.backward: os._exit(3) if llds.RANK == 1 else real(*_)
         llds.main([*SHORT, "--output_dir", folder])
     shard, llds.shard = llds.shard, lambda model, cfg: model               # stepped() shall do it, not agent()
     llds.start_processes(llds.Config())
@@ -1067,23 +1246,24 @@ def test_two_processes_make_what_one_makes(launched):
     assert work.result().returncode == 0, work.result().stderr
     for (metrics, weights, episodes), kind in zip(torch.load(folder / "runs", weights_only=False), KINDS):
         want = stepped(**KIND, **kind)
-        assert episodes == want.episodes and want.metrics["llds"] > 0
+        assert episodes == [e for i, e in enumerate(want.episodes) if i // 3 % 2 == 0]  # every other group
+        assert want.metrics["llds"] > 0
         assert metrics == {name: x and pytest.approx(x, 1e-3, 1e-4) for name, x in want.metrics.items()}
         torch.testing.assert_close(weights, want.weights, rtol=1e-4, atol=1e-5)
 
 def test_a_run_goes_from_two_processes_to_one_and_back(launched, capsys):
     """Its model answers. If a rank dies, all end."""
     folder, (_, *runs, alone, together, dies) = launched
-    assert all((run.result().returncode, run.result().stdout.count("\nlambda 0.1: ")) == (0, 1) for run in runs)
-    assert re.findall(r'"step": (\d+)', (folder / "out/metrics.jsonl").read_text()) == ["1", "2", "3", "4"]
+    assert all((run.result().returncode, run.result().stdout.count("\nlambda_0.1: ")) == (0, 1) for run in runs)
+    assert re.findall(r'"step": (\d+)', (folder / "out/metrics.jsonl").read_text()) == ["0", "1", "2", "3", "4"]
     for ask in (alone, together):                                          # one question, also for two ranks
         assert ask.result().returncode == 0 and "Is Paris the capital?" in ask.result().stdout, ask.result()
     assert dies.result().returncode != 0
     resume = ["--resume", str(folder / "out"), "--steps", "5", "--cpu_offload", "false"]
-    (folder / "out/unfinished/__0_0.distcp").mkdir(parents=True)           # cannot be written: the last one stays
-    with ends(capsys, "CheckpointException"):
+    (folder / "out/unfinished").mkdir()                                    # cannot be written: the last one stays
+    with ends(capsys, "unfinished"):
         llds.main(resume)
-    (folder / "out/checkpoint-4/.metadata").write_text("damaged")
+    (folder / "out/checkpoint-4").write_text("damaged")
     with ends(capsys, "checkpoint-4"):
         llds.main(resume)
 
@@ -1105,7 +1285,7 @@ def race(what, unit, repeats, works):
 class Paced(llds.Environment):
     """Untrained weights write no tags: question and turn say when an action ends; feedback is 150 tokens."""
     def complete(self, e):
-        return len(e.ids) - e.start == 16 + (sum(e.ids[:9]) + 7 * e.turn) % 33
+        return len(e.ids) - e.action_start == 16 + (sum(e.ids[:9]) + 7 * e.turn) % 33
 
     def respond(self, episodes):
         for e in episodes:
