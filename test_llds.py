@@ -1317,17 +1317,33 @@ def bare(model, calls):
     """The limit: the forwards of a rollout, the same tokens in the same shapes, and nothing around them."""
     cache = llds.SlotCache(max(len(ids) for ids, _ in calls), max(int(x.max()) for _, x in calls) + 1)
     for ids, position in calls:
-        mask = cache.begin_pass([*range(len(ids))], position, int(position.max()) + 1)
-        model.get_output_embeddings()(model.base_model(ids, mask, position, cache, use_cache=True)[0][:, -1])
+        cache.row_numbers = torch.arange(len(ids), device=ids.device)[:, None]
+        cache.position, cache.used, cache.seen_rows = position, int(position.max()) + 1, slice(len(ids))
+        mask = torch.arange(cache.used, device=ids.device) <= position[:, None, :, None]
+        model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
+              logits_to_keep=1)
 
-def update(model, episodes, penalty=llds.llds_penalty):
+def update(model, episodes, penalty=llds.llds_penalty, step=llds.train_step):
     """A train_step on rollouts that are right or wrong by decree."""
     for i, e in enumerate(episodes):
-        e.reward = float(i % 3 == 0)
+        e.reward, e.sampled_logp = float(i % 3 == 0), []
     cfg = llds.Config(learning_rate=1e-5, warmup_ratio=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llds, "llds_penalty", penalty)
-        llds.train_step(llds.start_run(model, model.state_dict(), 0.1, cfg), episodes, cfg)
+        step(llds.new_learner(model, model.state_dict(), 0.1, cfg), episodes, cfg)
+
+def bare_step(learner, episodes, cfg):
+    """The limit of a train_step: its passes through the model. Forward before and after; forward and backward."""
+    batch = llds.collate(episodes, cfg.group_size)
+    learner.model.train()
+    for rows in [rows for mini_batch in llds.split(episodes, cfg) for rows in mini_batch]:
+        needed = batch.ids[rows][:, :int((batch.action_id[rows] > 0).nonzero()[:, 1].max())]
+        for grad in (False, False, True):
+            with torch.set_grad_enabled(grad):
+                hidden = learner.model.base_model(input_ids=needed, use_cache=False)[0]
+                logits = learner.model.get_output_embeddings()(hidden[batch.action_id[rows][:, 1:hidden.shape[1] + 1] > 0])
+        logits.sum().backward()
+        learner.optimizer.zero_grad()
 
 def trl(model, env, questions, rounds=2):
     """TRL's trainer with the naive loop, as its own tool loop is: seconds of a rollout and four updates."""
@@ -1348,23 +1364,27 @@ def trl(model, env, questions, rounds=2):
                     args, data, processing_class=env.tok, rollout_func=played).train()
     return (clock() - begins[0]) / rounds
 
-def bench_model(name, tok, model):
+def bench_model(name, tok, model, repeats):
     print(f"\n{name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} million parameters")
     model.generation_config = GenerationConfig()                           # no penalty, no EOS
     env, calls = Paced(tok, None, llds.Config(max_new_tokens=48, max_feedback_tokens=150)), []
     def played(loop=llds.rollout, model=model, temperature=0.0):
         return loop(model, env, QUESTIONS[:4], 8, temperature)
     exact = copy.deepcopy(model).double()
-    assert played(model=exact) == played(naive, exact)                   # greedy: the same episodes
-    hook = model.base_model.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[2])))
+    assert played(model=exact) == played(naive, exact)                     # greedy: the same episodes
+    hook = model.register_forward_pre_hook(
+        lambda _, args, flags: calls.append((flags["input_ids"], flags["position_ids"])), with_kwargs=True)
     episodes = played()
     hook.remove()
-    race("rollout", " s", 3, {"ours": played, "naive": lambda: played(naive),
-                              "forwards alone": lambda: bare(model, calls)})
-    nothing = torch.zeros(()), {}                                          # a penalty of 0, no counts
-    race("update", " s", 3, {"without LLDS": lambda: update(model, episodes, lambda *_: nothing),
-                             "with": lambda: update(model, episodes)})
-    theirs = {"TRL": lambda: trl(model, env, QUESTIONS[:4])} if find_spec("trl") else {}
+    with torch.no_grad():
+        race("rollout", " s", repeats, {"forwards alone": lambda: bare(model, calls), "ours": played,
+                                        "naive": lambda: played(naive)})
+    zero = torch.zeros(())
+    nothing = zero, {"units": zero, "open_units": zero}                    # a penalty of 0
+    race("update", " s", repeats, {"passes alone": lambda: update(model, episodes, step=bare_step),
+                                   "without LLDS": lambda: update(model, episodes, lambda *_: nothing),
+                                   "with": lambda: update(model, episodes)})
+    theirs = {"TRL": lambda: trl(model, env, QUESTIONS[:4])} if find_spec("trl") and repeats > 1 else {}
     race("rollout and update", " s", 1, {"ours": lambda: update(model, played(temperature=1.0)), **theirs})
 
 def peak(work):
@@ -1412,18 +1432,20 @@ def qwen2(vocabulary, hidden, layers):
     config = Qwen2Config(vocab_size=vocabulary, hidden_size=hidden, num_hidden_layers=layers, **sizes)
     return Qwen2ForCausalLM(config).to(llds.DEVICE).eval()
 
-def bench():
+def bench(short=False):
     torch.manual_seed(0)
     logging.disable()
     warnings.simplefilter("ignore")                                        # TRL's
     print("Medians,", f"on {torch.cuda.get_device_name()}" if llds.GPU else "CPU seconds of one thread",
           "(in brackets: how many times the first). 4 groups of 8, 3 searches, actions of 16 to 48 tokens")
-    tok, agent = llds.load_model(llds.Config(), PASSAGES, QUESTIONS)
-    bench_model("built-in agent", tok, agent)
-    bench_model("4 layers, hidden 256", tok, qwen2(len(tok), 256, 4))
+    tok, agent = llds.load_model("tiny", llds.Config(), PASSAGES, QUESTIONS)
+    if short:
+        return bench_model("built-in agent", tok, agent, 1)
+    bench_model("built-in agent", tok, agent, 3)
+    bench_model("4 layers, hidden 256", tok, qwen2(len(tok), 256, 4), 3)
     print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936; BM25")
     bench_logps()
     bench_search()
 
 if __name__ == "__main__":
-    worker(*sys.argv[2:]) if "worker" in sys.argv else bench()
+    worker(*sys.argv[2:]) if "worker" in sys.argv else bench("short" in sys.argv)
