@@ -357,9 +357,9 @@ def feed(model, cache, live):
     cache.row_numbers = torch.tensor(list(live), device=DEVICE)[:, None]                # (rows, 1)
     all_rows = list(live) == list(range(len(live)))  # a slice of the buffers needs no copy
     cache.seen_rows = slice(len(live)) if all_rows else list(live)
+    # The mask, (rows, 1, width, used): a token sees the cells up to its own.
     mask = torch.arange(cache.used, device=DEVICE) <= position[:, None, :, None]
-    output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                   use_cache=True, logits_to_keep=1)              # mask: (rows, 1, width, used)
+    output = model(ids, mask, position, cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1].float()
 def mixed_precision(cfg, keep_casts=False):
     """Products in cfg.dtype; weights stay float32, since bfloat16 would lose small updates."""

@@ -442,7 +442,7 @@ def test_prompt_and_feedback_are_read_once(group, rows):
         Environment.respond(env, episodes)
         calls.append((len(episodes), waited, sum(e.done for e in episodes)))
     env.respond = respond
-    model.register_forward_pre_hook(lambda _, args, kw: read.append(kw["input_ids"].shape), with_kwargs=True)
+    model.register_forward_pre_hook(lambda _, args: read.append(args[0].shape))
     model.lm_head.register_forward_pre_hook(lambda _, args: heads.append(args[0].shape[1]))
     prompts, feedbacks = total, sum(e.turn - 1 for e in llds.rollout(model, env, questions, group))
     assert sum(n for n, width in read if width > 1) == prompts + feedbacks > prompts and set(heads) == {1}
@@ -1320,8 +1320,7 @@ def bare(model, calls):
         cache.row_numbers = torch.arange(len(ids), device=ids.device)[:, None]
         cache.position, cache.used, cache.seen_rows = position, int(position.max()) + 1, slice(len(ids))
         mask = torch.arange(cache.used, device=ids.device) <= position[:, None, :, None]
-        model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
-              logits_to_keep=1)
+        model(ids, mask, position, cache, use_cache=True, logits_to_keep=1)
 
 def update(model, episodes, penalty=llds.llds_penalty, step=llds.train_step):
     """A train_step on rollouts that are right or wrong by decree."""
@@ -1372,8 +1371,7 @@ def bench_model(name, tok, model, repeats):
         return loop(model, env, QUESTIONS[:4], 8, temperature)
     exact = copy.deepcopy(model).double()
     assert played(model=exact) == played(naive, exact)                     # greedy: the same episodes
-    hook = model.register_forward_pre_hook(
-        lambda _, args, flags: calls.append((flags["input_ids"], flags["position_ids"])), with_kwargs=True)
+    hook = model.register_forward_pre_hook(lambda _, args: calls.append((args[0], args[2])))
     episodes = played()
     hook.remove()
     with torch.no_grad():
