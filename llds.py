@@ -287,7 +287,7 @@ class Environment:
     def complete(self, e):
         """Is the current action complete: by its length, an end of text, or a closing tag?"""
         action = e.ids[e.action_start:]
-        # A tag is seldom one token: "</", "search", ">\n". It has 9 letters, so 9 tokens will do.
+        # A tag is seldom one token: "</", "search", ">\n". It has 9 letters, so 9 tokens hold it.
         tail, full = self.tok.decode(action[-9:]), len(action) >= self.cfg.max_new_tokens
         return full or action[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
     def respond(self, episodes):
@@ -324,8 +324,8 @@ class Environment:
 #     cell     0 1 2 3 4 5 6 7 8 9     P prompt, A action, F feedback, . nothing yet
 #     row 0    P P P P A A F F A .     Nothing is padded on the left, nothing moves as rows grow,
 #     row 1    P P P P A A A A . .     and a token sees the cells up to its own.
-# A token that is fed a second time writes the same into its cell again. So a row that has nothing
-# new to read in a pass can be fed its last token once more.
+# All rows of a pass read as many tokens. One that has fewer reads its last token again: that only
+# writes the same into its cell. So the last column of a pass is each row's last token.
 class SlotCache(Cache):
     """Keys and values of all rows. feed() sets row_numbers, position, seen_rows, used of a pass."""
     def __init__(self, rows, cells):
@@ -677,7 +677,7 @@ def load_model(name, cfg, passages, questions):
         check_folder(name)
         with blame(f"--model {name}"):
             config = AutoConfig.from_pretrained(name, attention_dropout=0.0)
-            # Not AutoTokenizer: it goes by the model's type, and would take Qwen2's for our agent.
+            # Not AutoTokenizer: it goes by the model's type, and our agent is a Qwen2 of other words.
             tok = PreTrainedTokenizerFast.from_pretrained(name)
             model, info = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="float32",
                 attn_implementation="sdpa", output_loading_info=True)
@@ -699,7 +699,7 @@ def warm_start(model, env, passages, questions, cfg):
     model.train()
     batches = lessons(env, passages, questions, steps)
     for step, episodes in enumerate(tqdm(batches, "warm start", steps, disable=RANK > 0)):
-        batch = collate(episodes, len(episodes))  # each process has made the same ones
+        batch = collate(episodes, len(episodes))  # the same in each process; there are no groups
         ids, action_id = batch.ids[RANK::WORLD], batch.action_id[RANK::WORLD]
         with mixed_precision(cfg):
             logp, _ = token_logps(model, ids, action_id)

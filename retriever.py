@@ -47,6 +47,7 @@ def read_rows(name, config=None, split=None):
                 text = gzip.decompress(text)
             rows = json.loads(text) if text.startswith(b"[") else text.splitlines()
         elif ending.endswith(".parquet"):
+            # "train" is what load_dataset calls the rows of a single file.
             rows = load_dataset("parquet", data_files=glob.escape(name), split="train")
         else:
             check(not os.path.isfile(name), f"{name}: its name must end in jsonl, gz or parquet")
@@ -67,7 +68,7 @@ def load_corpus(path):
     for row, where in rows:
         good = isinstance(row, dict) and isinstance(row.get("contents"), str)
         check(good, f"{where}: a passage needs a text 'contents'")
-        row.pop("instead_of", None)  # see ErringRetriever
+        row.pop("instead_of", None)  # a mark that only ErringRetriever shall set
     return [row for row, _ in rows]
 
 def load_questions(sources, part):
@@ -101,9 +102,9 @@ def checked(row, where, title):
     if isinstance(truth, dict):
         truth = truth.get("target")
     answers = texts_of(row.get("golden_answers")) or texts_of(truth) or texts_of(row.get("answer"))
-    words = [m[field].strip() for m in row.get("prompt") or [] for field in ("role", "content")]
-    question = row.get("question") or (words[-1] if words else "")
-    check(question.strip() and all(words) and answers, f"{where}: it needs 'golden_answers', and "
+    parts = [m[field].strip() for m in row.get("prompt") or [] for field in ("role", "content")]
+    question = row.get("question") or (parts[-1] if parts else "")
+    check(question.strip() and all(parts) and answers, f"{where}: it needs 'golden_answers', and "
           "'question' or a 'prompt' of messages with 'role' and 'content'")
     by_hops = f"{row['hops']}hop" if row.get("hops") else None
     name = row.get("data_source") or title or by_hops or row.get("set")
@@ -127,7 +128,7 @@ def keep_fitting(env, questions, context):
     for q in questions:
         with blame(f"{q['where']}: prompt"):
             fits = len(env.reset(q).ids) + env.longest <= context
-        if fits and (hops == 0 or q.get("hops", hops) == hops):
+        if fits and (hops == 0 or q.get("hops", hops) == hops):  # without "hops": it stays
             some.append(q)
     print(len(some), "of", len(questions), "questions fit --hops and the model's context")
     check(some, f"no question of --hops {hops} fits into {context} tokens with --max_turns turns")
@@ -398,7 +399,7 @@ def check_lessons(passages, questions):
 def scrambled(passages, questions):
     """(passages, questions) of a world in which names have changed places with others of a kind:
     those that fit into the same question, such as "___ is the capital of which country?"."""
-    kind = {}  # name -> the question into whose gap it fits
+    kind = {}  # name -> the question into whose gap it fits: Kabul and Lima, the one above
     for q in questions:
         if q["hops"] == 1:
             kind[q["path"][0]] = q["question"].replace(q["path"][0], "___")
