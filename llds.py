@@ -20,9 +20,9 @@ and makes several *updates* with them, each on a *mini-batch* of whole groups:
         loss.backward(); optimizer.step()
 The trouble. GRPO makes the tokens of wrong responses (A < 0) less likely. These often share much
 with right ones, such as the first search. What they share gets its likelihood from the same weights
-in nearly the same hidden states, so pushing it down in wrong responses pushes it down in right
-ones. These lose likelihood although the loss asks for more: lazy likelihood displacement. The
-reward stalls, falls, and can end at 0: the collapse.
+in nearly the same hidden states: pushed down in wrong responses, it goes down in right ones, too.
+Those push it up again; but where wrong ones are many, or unlikely already, they win. Right ones
+lose likelihood though the loss asks for more: lazy likelihood displacement. It can end in collapse.
 The cure. LLDS penalises max(0, old_logp - logp), what a token has lost since it was sampled, in
 responses no worse than their group (A >= 0), while the response as a whole has lost likelihood;
 this condition is the *gate*. At a step's first update nothing has changed, and the penalty is 0.
@@ -78,9 +78,8 @@ def policy_loss(logp, old_logp, advantages, mask, clip=0.2, denom=None):
     # The mask comes before exp(): other trainers leave anything outside actions, even inf.
     log_ratio = (logp - old_logp.detach()).masked_fill(~mask, 0)                        # (N, T)
     ratio = log_ratio.clamp(max=20).exp()  # the clamp is verl's: exp(89) would be inf
-    # With A > 0 the objective grows with the ratio up to 1 + clip, with A < 0 as it falls down to
-    # 1 - clip. Beyond, min() takes the clipped value, a constant: no gradient. In the other
-    # direction the gradient stays, to undo a change.
+    # Where A > 0 and ratio > 1 + clip, or A < 0 and ratio < 1 - clip, min() takes the clipped
+    # value, a constant: no gradient. Elsewhere it takes the free one, also to undo a change.
     free, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -masked_mean(torch.min(free, clipped), mask, denom)
     return loss, {"clipped": (clipped < free).sum()}
@@ -199,7 +198,8 @@ PRESETS = {
     "collapse": dict(  # GRPO alone loses what it knew, LLDS goes on learning
         hops=2, max_turns=5,  # two searches are needed, and there is room to search again
         retrieval_noise=0.25,  # responses that search rightly and are wrong by bad luck
-        early_answers=0.3, freeze_embeddings=True,  # an agent with something to lose: how to search
+        early_answers=0.3,  # it begins with something to lose: it searches twice
+        freeze_embeddings=True,  # what words mean stays; what is lost is how to use them
         mini_batches=8, num_iterations=3,  # 24 updates a step: time to drift away from old_logp
         learning_rate=3e-4, steps=120)}
 # Lowest and highest value. Other counts: 1 to a billion; other numbers: 0 to a billion.
@@ -287,7 +287,7 @@ class Environment:
     def complete(self, e):
         """Is the current action complete: by its length, an end of text, or a closing tag?"""
         action = e.ids[e.action_start:]
-        # A tag is seldom one token: "</", "search", ">\n". It has 9 letters, so 9 tokens hold it.
+        # A tag is seldom one token: "</", "search", ">\n". Of 9 characters, it is in 9 tokens.
         tail, full = self.tok.decode(action[-9:]), len(action) >= self.cfg.max_new_tokens
         return full or action[-1] in self.eos_ids or "</search>" in tail or "</answer>" in tail
     def respond(self, episodes):
@@ -376,7 +376,7 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
     queue, live, waiting = episodes, [], []  # live[row]: its episode; waiting: row numbers
     with mixed_precision(env.cfg, keep_casts=True):  # of the weights, which do not change here
         while queue or live:
-            # 1. Free rows are taken. New prompts and feedback are read, by the rows that have any.
+            # 1. Free rows are taken. Rows with a new prompt or feedback read it; logits come in 2.
             free = rows - len(live)
             live, queue = live + queue[:free], queue[free:]
             unread = {row: e for row, e in enumerate(live) if len(e.ids) - e.cached > 1}
@@ -395,8 +395,8 @@ def rollout(model, env, questions, group_size=1, temperature=1.0):
                     e.sampled_logp.append(logp)
                     if env.complete(e):
                         waiting.append(row)
-            # 3. Actions are run. The last row replaces one that is done: from the end on, so that
-            #    it is never done itself.
+            # 3. Actions are run. The last row replaces one that is done. This goes from the end, so
+            #    that of the rows behind it none is done any more.
             if 8 * len(waiting) >= len(live):
                 env.respond([live[row] for row in waiting])
                 for row in sorted(waiting, reverse=True):
@@ -460,7 +460,7 @@ def split(episodes, cfg):
         mini_batches.append(rows.split(cfg.micro_batch_size))
     return mini_batches
 def adamw(model, betas=(0.9, 0.999)):
-    model.state_dict()  # for its effect: FSDP2 lets go what it gathered for a rollout, see shard()
+    model.state_dict()  # for its effect: FSDP2 lets go of weights that it gathered for a rollout
     return torch.optim.AdamW(model.parameters(), betas=betas, weight_decay=0, fused=True)
 def new_learner(model, initial_weights, llds_lambda, cfg):
     """What training changes, at its start. history: a row of metrics for each step."""
@@ -677,7 +677,7 @@ def load_model(name, cfg, passages, questions):
         check_folder(name)
         with blame(f"--model {name}"):
             config = AutoConfig.from_pretrained(name, attention_dropout=0.0)
-            # Not AutoTokenizer: it goes by the model's type, and our agent is a Qwen2 of other words.
+            # Not AutoTokenizer: it goes by the model's type. Our agent is a Qwen2 of other words.
             tok = PreTrainedTokenizerFast.from_pretrained(name)
             model, info = AutoModelForCausalLM.from_pretrained(name, config=config, dtype="float32",
                 attn_implementation="sdpa", output_loading_info=True)
@@ -740,7 +740,7 @@ def run(cfg):
     # The built-in agent knows the words of all questions, and its warm start asks all, also those
     # held out. It learns no answers by that: retriever.py scrambles the names.
     everything = questions + held_out
-    start = Path(cfg.resume, "start")
+    start = Path(cfg.resume, "start")  # the model after its warm start, see below
     started = cfg.resume != "" and start.exists()
     tok, model = load_model(str(start) if started else cfg.model, cfg, passages, everything)
     context, eos = model.config.max_position_embeddings, model.generation_config.eos_token_id

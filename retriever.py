@@ -352,7 +352,8 @@ def text_in_tag(tag, text):
 
 def show(env, e):
     """Prints an episode by its loss mask: what is not trained stands in [[ ]]."""
-    print(f"\n{e.question['question']} -> reward {e.reward:g}")
+    reward = f" -> reward {e.reward:g}" if e.question["golden_answers"] else ""
+    print(f"\n{e.question['question']}{reward}")
     places = range(e.action_id.index(1), len(e.ids))
     for action, some in itertools.groupby(places, key=lambda t: e.action_id[t]):
         text = env.tok.decode([e.ids[t] for t in some])
@@ -424,7 +425,7 @@ def demonstrate(env, question, questions):
     e, path = env.reset(question), question["path"]
     hop, thought, answer = 0, "", path[0]
 
-    def act(text):  # as if the model had written it; returns the feedback
+    def act(text):  # as if the model had written it; returns this and the feedback
         ids, start = env.encode(text), len(e.ids)
         e.ids, e.action_id = e.ids + ids, e.action_id + [e.turn] * len(ids)
         env.respond([e])
@@ -445,14 +446,15 @@ def demonstrate(env, question, questions):
         if facts:
             hop += 1
             thought, answer = facts[0].strip() + " ", path[hop]
-            if random.random() > READS_RIGHT:
+            if random.random() > READS_RIGHT:  # only in the answer; a next search is right
                 answer = random.choice(questions)["path"][0]
         elif random.random() > SEARCHES_AGAIN:
             break
     act(ANSWER.format(thought=thought, name=answer))
     return e
 
-EPISODES, LESSONS = 16, 8  # in a lesson; in a world, since it takes a while to make a new one
+EPISODES = 16  # of a lesson
+LESSONS = 8    # in the same world; to make a new one takes a while
 def lessons(env, passages, questions, steps):
     """Yields `steps` lessons, lists of scripted episodes."""
     env = copy.copy(env)  # it gets a retriever of its own
