@@ -88,7 +88,6 @@ def kl_penalty(logp, ref_logp, mask, denom=None):
     exp(r) - r - 1 with r = ref_logp - logp, which is never negative. All (N, T)."""
     r = (ref_logp.detach() - logp).masked_fill(~mask.bool(), 0).clamp(max=20)
     return masked_mean(r.exp() - r - 1, mask, denom)
-
 def llds_penalty(logp, old_logp, advantages, action_id, gate="response", answer_mask=None,
                  answer_weight=1.0, denom=None):
     """LLDS: the mean of gate * max(0, old_logp - logp) over all action tokens of good responses.
@@ -468,7 +467,6 @@ def new_learner(model, initial_weights, llds_lambda, cfg):
     model.get_input_embeddings().requires_grad_(not cfg.freeze_embeddings)
     return SimpleNamespace(model=model, optimizer=adamw(model), updates=0, history=[],
                            llds_lambda=llds_lambda, initial_weights=initial_weights)
-
 def train_step(learner, episodes, cfg):
     """A step after its rollout: old log-probabilities, then updates. Returns (metrics, batch)."""
     model, batch = learner.model, collate(episodes, cfg.group_size)
@@ -657,7 +655,6 @@ def save_checkpoint(folder, learner):
         for older in checkpoints(folder):
             if older < step:
                 (folder / f"checkpoint-{older}").unlink()
-
 def load_checkpoint(folder, learner):
     """Takes up the last checkpoint, if there is one, of however many processes."""
     if checkpoints(folder):
@@ -712,8 +709,8 @@ def warm_start(model, env, passages, questions, cfg):
 # and moments (with --cpu_offload in the CPU's memory), and gathers a layer's weights for use.
 def start_processes(cfg):
     """Joins torchrun's processes. For --cpu_offload a single process makes a group of its own."""
-    if (WORLD > 1 or RANK > 0 or cfg.cpu_offload) and not dist.is_initialized():
-        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if WORLD == 1 else {}
+    if WORLD > 1 or RANK > 0 or cfg.cpu_offload:
+        alone = dict(store=dist.HashStore(), rank=0, world_size=1) if RANK < WORLD == 1 else {}
         with blame("RANK or WORLD_SIZE is set, but not by torchrun"):
             dist.init_process_group("cpu:gloo,cuda:nccl" if GPU else "gloo", **alone)
     if GPU:
@@ -791,6 +788,9 @@ def main(argv=None):
     except (KeyboardInterrupt, OSError, torch.OutOfMemoryError) as error:
         stop(f"{type(error).__name__} {error}: go on by --resume and the run's folder; where memory"
              " is full, with a lower --micro_batch_size or --rollout_batch")
+    finally:
+        if dist.is_initialized() and WORLD == 1:  # leave the process as it was
+            dist.destroy_process_group()
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT
 """Stories about llds.py: the maths, with numbers to check by hand, then the rest. Oracles: loops over tokens, and
-play(): one episode, one token at a time, all read anew. `python test_llds.py bench` measures instead."""
-import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, shutil
+play(): one episode, one token at a time, all read anew. `python test_llds.py bench` measures instead,
+`python test_llds.py bench short` the same in seconds."""
+import concurrent.futures, copy, doctest, gzip, http.client, io, json, logging, math, os, random, re, runpy, shutil
 import signal, subprocess, sys, tempfile, threading, time, urllib.error, urllib.request, warnings
 from collections import Counter, defaultdict
 from contextlib import contextmanager, redirect_stdout
@@ -18,7 +19,7 @@ if __name__ != "__main__":
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import llds
@@ -38,28 +39,26 @@ QUESTIONS = [question for passage in PASSAGES for question in passage["questions
 
 # --------------------------------------------------------------------------------------------- the losses
 def solve(loss, b, **options):
-    """Value, gradient on logp and counts of a loss: "policy", "kl", a gate of LLDS, or a function."""
-    leaf, info = b.logp.clone().requires_grad_(), {}
+    """Value, gradient on logp (none on old_logp) and counts of a loss: "policy", "kl", a gate, or a function."""
+    leaf, other, info = b.logp.clone().requires_grad_(), b.other.clone().requires_grad_(), {}
     if loss == "policy":
-        value, info = llds.policy_loss(leaf, b.other, b.adv, b.mask, **options)
+        value, info = llds.policy_loss(leaf, other, b.adv, b.mask, **options)
     elif loss == "kl":
-        value = llds.kl_penalty(leaf, b.other, b.mask, **options)
+        value = llds.kl_penalty(leaf, other, b.mask, **options)
     elif loss in GATES:
-        value, info = llds.llds_penalty(leaf, b.other, b.adv, b.ids, loss, b.answer, **options)
+        value, info = llds.llds_penalty(leaf, other, b.adv, b.ids, loss, b.answer, **options)
     else:
         value, info = loss(leaf, b, **options)
-    grad, = torch.autograd.grad(value, leaf, allow_unused=True, materialize_grads=True)
+    grad, none = torch.autograd.grad(value, (leaf, other), allow_unused=True, materialize_grads=True)
+    assert not none.any()
     return value.detach(), grad, {name: int(count) for name, count in info.items()}
-
 def near(got, want, rtol=1e-5, atol=1e-6):
     got, want = torch.as_tensor(got).double(), torch.as_tensor(want).double()
     torch.testing.assert_close(got, want, rtol=rtol, atol=atol, equal_nan=True)
-
 def batch(ids, logp, other, adv, answer):
     """ids: the number of the action that a token belongs to, or 0. other: old or reference logp."""
     ids, logp, other, adv, answer = map(torch.tensor, (ids, logp, other, adv, answer))
     return SimpleNamespace(ids=ids, mask=ids > 0, logp=logp, other=other, adv=adv, answer=answer)
-
 def story():
     """Four rollouts, exact in binary. 9 stands on prompt, feedback and padding: it must never count.
     row  A     lost, by action    sums        response   answer tokens
@@ -71,7 +70,6 @@ def story():
     lost = [[9, 1, -.5, 9, .5, -2, 9], [9, 1, 0, .5, -1, 9, 9], [9, 2, 1, 9, 1, 9, 9], [9, 9, -1, 1.5, 9, 9, 9]]
     answer = [[0, 0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0], [0, 0, 0, 1, 0, 0, 0]]
     return batch(ids, [[-2. - x for x in row] for row in lost], [[-2.] * 7] * 4, [1., 0., -1., .5], answer)
-
 BY_HAND = {  # gate: tokens penalised in full, as answer; units, open ones; value for answer weights 1, .3, 0
     # (1 + 1 + (.5 + .5 + 1.5) w) / 10, for 4 + 4 + 2 preserved tokens
     "token": ([(0, 1), (1, 1)], [(0, 4), (1, 3), (3, 3)], 10, 5, {1.: .45, .3: .275, 0.: .2}),
@@ -85,13 +83,11 @@ def test_the_story_by_hand(gate, weight):
     """Gradient -weight / 10 where penalised; exactly 0 in closed units, ties, rises, feedback and A < 0."""
     b, (full, as_answer, units, opened, values) = story(), BY_HAND[gate]
     want = torch.zeros(4, 7)
-    for place in full + as_answer:
-        want[place] = -.1 if place in full else -.1 * weight
+    for place in full + as_answer: want[place] = -.1 if place in full else -.1 * weight
     loss, grad, info = solve(gate, b, answer_weight=weight)
     near(loss, values[weight])
     near(grad, want)
-    assert torch.equal(grad == 0, want == 0)
-    assert [info[name] for name in COUNTS] == [units, opened]
+    assert torch.equal(grad == 0, want == 0) and [info[name] for name in COUNTS] == [units, opened]
     near(solve(gate, b, answer_weight=weight, denom=40)[0], values[weight] / 4)  # in place of the 10
     for part in (dict(other=b.other + .5), dict(other=b.logp), dict(adv=b.adv.abs()), dict(adv=b.adv - 1e-6)):
         theirs = solve(gate, SimpleNamespace(**vars(b) | part), answer_weight=weight)[1]
@@ -121,14 +117,9 @@ def test_unusable_options_are_refused_and_the_default_is_the_response_gate():
             ("answer_weight", -.01, ValueError, "answer_weight"), ("advantages", square, RuntimeError, "shape"),
             ("advantages", b.adv[:1], RuntimeError, "shape"), ("answer_mask", None, AttributeError, "None")):
         options = dict(advantages=b.adv, action_id=b.ids, answer_mask=b.answer, answer_weight=.5) | {name: value}
-        with pytest.raises(error, match=why):
-            llds.llds_penalty(b.logp, b.other, **options)
-    with pytest.raises(RuntimeError, match="shape"):
-        llds.policy_loss(b.logp, b.other, square, b.mask)
-
-def places(b):
-    return [(i, t) for i, t in b.mask.bool().nonzero().tolist()]
-
+        with pytest.raises(error, match=why): llds.llds_penalty(b.logp, b.other, **options)
+    with pytest.raises(RuntimeError, match="shape"): llds.policy_loss(b.logp, b.other, square, b.mask)
+def places(b): return [(i, t) for i, t in b.mask.bool().nonzero().tolist()]
 def slow_policy(logp, b, clip=0.2):
     gains, clipped = [], 0
     for i, t in places(b):
@@ -137,11 +128,9 @@ def slow_policy(logp, b, clip=0.2):
         gains.append(min(free, bounded))
         clipped += bounded < free
     return -sum(gains) / len(gains), {"clipped": clipped}
-
 def slow_kl(logp, b):
     r = [b.other[place] - logp[place] for place in places(b)]
     return sum(x.exp() - x - 1 for x in r) / len(r), {}
-
 def slow_llds(logp, b, gate, answer_weight=1.0):
     """v2 eq. 9 (token), 10 (response), 4 (action), 5 (answer weight)."""
     units, paid, opened = defaultdict(list), [], 0
@@ -156,7 +145,6 @@ def slow_llds(logp, b, gate, answer_weight=1.0):
     tokens = sum(map(len, units.values()))
     loss = sum(paid, torch.zeros((), requires_grad=True)) / max(1, tokens)
     return loss, dict(zip(COUNTS, (len(units), opened)))
-
 def random_batch(seed, rows):
     """Eighths make sums exact and ties frequent. Where no action is stands something that must go nowhere."""
     torch.manual_seed(seed)
@@ -186,8 +174,7 @@ def test_random_cases_agree_with_the_slow_loops(name, seed):
             near(loss, want)
             near(grad, want_grad)
             assert info == want_info
-    for key, value in vars(b).items():
-        near(value, getattr(before, key), 0, 0)
+    for key, value in vars(b).items(): near(value, getattr(before, key), 0, 0)
 
 @pytest.mark.parametrize("name, empty", [(x, "mask") for x in LOSSES] + [(x, "set") for x in GATES])
 def test_an_empty_mask_or_preserving_set_gives_zero_with_a_graph(name, empty):
@@ -243,35 +230,28 @@ def bpe():
     assert tok.tokenize("</search>\n\n" + END) == ["</", "search", ">ĊĊ", END]
     assert tok.tokenize("></") == ["></"]
     return tok
-
 def built_in(**flags):
     return llds.load_model("tiny", llds.Config(**flags), PASSAGES[:6], QUESTIONS[:18])
-
 FRANCE = [{"contents": '"France"\nThe capital of France is Paris.'}, {"contents": '"Oslo"\nIn Norway.'}]
 def world(tok=None, passages=FRANCE, eos_ids=(), **flags):
     cfg = llds.Config(**dict(max_turns=2, top_k=1, max_new_tokens=50, max_feedback_tokens=60) | flags)
     return llds.Environment(tok or bpe(), BM25(passages), cfg, eos_ids)
-
 def play(env, question, choose):
     """One episode, one token at a time: choose(episode) says the next."""
     e = env.reset(question)
     while not e.done:
         e.ids.append(choose(e))
         e.action_id.append(e.turn)
-        if env.complete(e):
-            env.respond([e])
+        if env.complete(e): env.respond([e])
     return e
-
 def encode(tok, action):
     """A text, or a list of texts that are encoded one by one, as a model may well write them -> token ids."""
     return list(chain(*map(tok.encode, [action] if isinstance(action, str) else action)))
-
 def act(env, name, actions):
     """Plays a story: its name is the question, its actions come one a turn, and Paris is right."""
     ids = [encode(env.tok, action) for action in actions]
     question = {"question": name, "golden_answers": ["Rio", "paris"]}
     return play(env, question, lambda e: ids[e.turn - 1][len(e.ids) - e.action_start])
-
 SEARCH, RIGHT = "<search> capital of France </search>", "<answer> Paris </answer>"
 NO_HIT, FORGETS = "<search> zebra </search>", "<think> hm" + END
 HEARD = {"i": f'{OPEN}Doc 1(Title: "France") The capital of France is Paris.{CLOSE}',
@@ -280,6 +260,7 @@ STORIES = {  # actions; what follows each, by its letter in HEARD; answer
     "searches, then answers": ([SEARCH, RIGHT], "i", "Paris"),
     "answers at once, wrongly": (["<think> I know </think>\n<answer> Rome </answer>"], "", "Rome"),
     "finds nothing": ([NO_HIT, RIGHT], "0", "Paris"),
+    "names two, is told the better": (["<search> capital of France, Oslo </search>", RIGHT], "i", "Paris"),
     "asks nothing": (["<search></search>", RIGHT], "0", "Paris"),
     "opens a search twice": (["<search> zebra " + SEARCH, RIGHT], "i", "Paris"),
     "forgets the tag": ([FORGETS, END, RIGHT], "cc", "Paris"),
@@ -314,7 +295,15 @@ def test_prompts():
     chat.chat_template = ("{% for m in messages %}<|im_start|>{{m.role}}: {{m.content}}<|im_end|>{% endfor %}"
                           "{% if add_generation_prompt %}<|im_start|>{% endif %}")
     full = f"{START}system: Be brief.{END}{START}user: Who?{END}{START}"
-    for tok, text in ((bpe(), "Be brief.\nWho?"), (chat, full)):
+    tagged, told = copy.deepcopy(bpe()), "<think> a </think> <search> b </search>"
+    tagged.add_tokens([AddedToken(tag, special=True) for tag in re.findall("<.+?>", told)], special_tokens=True)
+    assert tagged.decode(world(tagged, prompt="{question}").reset({"question": told + END}).ids) == told + "< |im_end|>"
+    env = world(eos_ids=[7])
+    assert env.eos_ids == {7, bpe().eos_token_id} and env.complete(SimpleNamespace(ids=[1, 7], action_start=0))
+    ended = copy.deepcopy(bpe())                                           # its texts end with EOS
+    ended._tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, 0)])
+    assert ended.encode("?")[-1] == ended.eos_token_id == 0
+    for tok, text in ((bpe(), "Be brief.\nWho?"), (chat, full), (ended, "Be brief.\nWho?")):
         e = world(tok).reset({"question": "?", "prompt": messages})
         assert tok.decode(e.ids) == text and e.ids.count(tok.eos_token_id) == text.count(END)
         assert e.action_start == len(e.ids) == len(e.action_id) and not any(e.action_id)
@@ -322,19 +311,16 @@ def test_prompts():
 def test_questions_that_fit(capsys):
     """Into the context go a prompt, 2 turns of 5 + 40 tokens, and 5 for the answer; --hops chooses."""
     env = world(max_new_tokens=5, max_feedback_tokens=40)
-    short, long, free = [{"question": "x" * n, "where": "q, row 1"} for n in (9, 10, 9)]
+    short, long, free = rows = [{"question": "x" * n, "where": "q, row 1"} for n in (9, 10, 9)]
     short["hops"] = long["hops"] = 2
-    assert keep_fitting(env, [short, long, free], 9 + 2 * 45 + 5) == [short, free]
-    for hops, kept in ((2, [short, free]), (1, [free])):
+    for hops, questions, kept in ((0, rows, [short, free]), (2, rows, [short, free]), (1, rows, [free]),
+                                  (0, [long], []), (1, [short], []), (0, [], [])):
         env.cfg.hops = hops
-        assert keep_fitting(env, [short, long, free], 104) == kept
-    for hops, questions in ((0, [long]), (1, [short]), (0, [])):
-        env.cfg.hops = hops
-        with ends(capsys, f"--hops {hops}"):
-            keep_fitting(env, questions, 104)
-    with ends(capsys, "q, row 1: prompt"):
-        keep_fitting(env, [short | {"prompt": [{"role": "user", "content": 3}]}], 104)
-
+        if kept: assert keep_fitting(env, questions, 9 + 2 * 45 + 5) == kept
+        else:
+            with ends(capsys, f"--hops {hops}"): keep_fitting(env, questions, 104)
+    short["prompt"] = [{"role": "user", "content": 3}]
+    with ends(capsys, "q, row 1: prompt"): keep_fitting(env, [short], 104)
 def feedback(e):
     """The token ids between the first action and the second."""
     return e.ids[e.action_id.index(1) + e.action_id.count(1):e.action_id.index(2)]
@@ -396,8 +382,7 @@ def agent(seed, **flags):
     tok, model = built_in(**flags)
     model.lm_head = torch.nn.Linear(model.config.hidden_size, len(tok))    # untied, with a bias
     for weight in model.parameters():
-        if weight.dim() > 1:
-            torch.nn.init.normal_(weight, 0, .25)
+        if weight.dim() > 1: torch.nn.init.normal_(weight, 0, .25)
     for token, fondness in LIKES.items():
         model.lm_head.bias.data[tok.convert_tokens_to_ids(token)] = fondness
     right = sorted(tok.get_vocab())[::2]
@@ -406,7 +391,6 @@ def agent(seed, **flags):
     env = world(tok, FRANCE, **dict(max_turns=3, top_k=2, max_new_tokens=9, max_feedback_tokens=40) | flags)
     env.retriever.search = lambda queries, k: [PASSAGES[len(query) % 6:][:k] for query in queries]
     return model.double(), env, questions
-
 @torch.no_grad()
 def test_rollout_equals_one_row_at_a_time():
     """Greedily, what the plain model does: with rows for all or fewer, in the longest episodes, with two EOS."""
@@ -417,8 +401,7 @@ def test_rollout_equals_one_row_at_a_time():
         model, env, questions = agent(seed, rollout_batch=rows, **flags)
         if seed == 8:  # 32 rows: a row waits until three others do
             questions = [q | {"question": q["question"] + " Kabul" * n} for q in questions for n in range(4)]
-        def likeliest(e):
-            return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
+        def likeliest(e): return int(model(torch.tensor([e.ids])).logits[0, -1].float().argmax())
         if seed == 7:  # what it likes to write shall end an action
             first = play(env, questions[0], likeliest)
             env.eos_ids.update(t for k, t in zip(first.action_id, first.ids) if k == first.turn)
@@ -481,7 +464,6 @@ def test_token_logps_equal_those_of_full_logits(temperature, chunk):
     assert not any(x[b.action_id == 0].any() for x in got[:2]) and all(x.any() for x in got)
     assert not any(x.any() for x in llds.token_logps(model, b.ids, 0 * b.ids))   # no action at all
     assert max(seen) <= max(chunk, len(b.ids))
-
 def stepped(micro_batch_size=8, tied=False, greedy=False, shard=None, **flags):
     """One training step on fixed rollouts, right or wrong by decree; the reference has smaller weights."""
     model, env, questions = agent(55)
@@ -490,8 +472,7 @@ def stepped(micro_batch_size=8, tied=False, greedy=False, shard=None, **flags):
         model.lm_head.weight = model.get_input_embeddings().weight
     cfg = llds.Config(**dict(group_size=4, mini_batches=2, num_iterations=2, beta=.1, answer_weight=.5,
                              warmup_ratio=0.0, learning_rate=.3, micro_batch_size=micro_batch_size) | flags)
-    if shard:
-        shard(model.float(), cfg)
+    if shard: shard(model.float(), cfg)
     mine = questions[llds.RANK::llds.WORLD]
     episodes = llds.rollout(model.float(), env, mine, cfg.group_size, 0.0 if greedy else 1.0)
     for i, e in enumerate(episodes):
@@ -543,8 +524,7 @@ def test_metrics_by_hand():
     run = stepped()
     rows, b = run.episodes, run.batch
     tokens = [(e, k, b.old_logp[i, t].item()) for i, e in enumerate(rows) for t, k in enumerate(e.action_id) if k]
-    def logp(keep):
-        return fmean([x for e, k, x in tokens if keep(e, k)] or [math.nan])
+    def logp(keep): return fmean([x for e, k, x in tokens if keep(e, k)] or [math.nan])
     now, _ = llds.token_logps(run.model, b.ids, b.action_id)
     fell = [float((now[i] - b.old_logp[i]).sum() < -1e-3) for i, e in enumerate(rows) if e.reward]
     want = {"reward": fmean(e.reward for e in rows), "searches": fmean(len(e.searches) for e in rows),
@@ -569,20 +549,14 @@ def test_mini_batches_hold_whole_groups_and_micro_batches_fit():
         assert [[len(rows) for rows in mini_batch] for mini_batch in plan] == [[3, 1]] * 3
         assert all(r ^ 1 in sum(mini_batch, []) for mini_batch in plan for r in sum(mini_batch, []))
         assert sorted(sum(chain(*plan), [])) == [*range(12)]
-        assert all(sum(part, []) == sorted(sum(part, []), key=lambda r: (lengths[r], sum(part, []).index(r)))
-                   for part in plan)
+        assert all((ns := [lengths[r] for r in sum(mini_batch, [])]) == sorted(ns) for mini_batch in plan)
     assert len({str(plan) for plan in plans}) > 3
-
 def watched(monkeypatch, name, keep):
-    """Every call of llds.NAME is kept: keep(args, result). Returns the list."""
+    """A list of keep(args, result) of every call of llds.NAME."""
     calls, real = [], getattr(llds, name)
-    def call(*args, **flags):
-        result = real(*args, **flags)
-        calls.append(keep(args, result))
-        return result
-    monkeypatch.setattr(llds, name, call)
+    monkeypatch.setattr(llds, name, lambda *args, **flags: (
+        result := real(*args, **flags), calls.append(keep(args, result)))[0])
     return calls
-
 def test_training_asks_the_engine_that_errs_and_the_learning_rate_rises_by_the_update(tmp_path, monkeypatch):
     """Evaluation, before the first step and after the last, asks the intact one. A search counts as what it would
     have found. A run that goes on takes another learning rate at once. No question twice in a step."""
@@ -632,8 +606,7 @@ def test_bfloat16_products_with_float32_weights(monkeypatch):
     """Rollout and log-probabilities under autocast: a bfloat16 cache, values near the float32 ones. Outside,
     autocast is off."""
     (model, env, questions), cfg = agent(37), llds.Config(dtype="bfloat16")
-    caches, real = [], llds.SlotCache
-    b = llds.collate(llds.rollout(model.float(), env, questions, 2), 2)
+    caches, real, b = [], llds.SlotCache, llds.collate(llds.rollout(model.float(), env, questions, 2), 2)
     exact, _ = llds.token_logps(model, b.ids, b.action_id)
     monkeypatch.setattr(llds, "SlotCache", lambda *shape: caches.append(real(*shape)) or caches[-1])
     env.cfg.dtype = "bfloat16"
@@ -652,8 +625,7 @@ def test_gradient_checkpointing_computes_again_and_changes_nothing():
     episodes = llds.rollout(plain, env, questions, temperature=0.0)
     assert llds.rollout(ours.train(), env, questions, temperature=0.0) == episodes and not any(calls)
     cfg, trained = llds.Config(group_size=8, steps=1, mini_batches=1, warmup_ratio=0.0), []
-    for i, e in enumerate(episodes):
-        e.reward = float(i % 2)
+    for i, e in enumerate(episodes): e.reward = float(i % 2)
     for model in (plain, ours):
         llds.train_step(llds.new_learner(model, model.state_dict(), .1, cfg), episodes, cfg)
         trained.append([*model.parameters()])
@@ -692,7 +664,7 @@ def test_the_readme_probe():
     """Each question is learned alone, from the same weights. GRPO lowers some, with LLDS they lose less."""
     model, env, questions = agent(34)
     before, probe, changes = copy.deepcopy(model.float().state_dict()), snippet("def probe(")["probe"], []
-    cfg = llds.Config(group_size=32, num_iterations=3, learning_rate=1e-2)
+    cfg = llds.Config(group_size=16, num_iterations=3, learning_rate=1e-2)
     for llds_lambda in (0.0, 4.0):
         torch.manual_seed(0)                                               # the same rollouts
         changes.append(probe(model, env, questions, cfg, llds_lambda))
@@ -746,11 +718,9 @@ def test_the_readme_is_of_one_sitting():
 @contextmanager
 def ends(capsys, why):
     """The program ends there with status 2, and its last line says why."""
-    with pytest.raises(SystemExit) as stop:
-        yield
+    with pytest.raises(SystemExit) as stop: yield
     said = capsys.readouterr().err.splitlines()[-1]
     assert stop.value.code == 2 and said.startswith("error: ") and why in said, said
-
 def write(path, *rows):
     """Rows, or lines as they are, one a line."""
     lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
@@ -804,10 +774,7 @@ def test_an_erring_engine():
         assert [hit["instead_of"] for hit in hits] == [hit["contents"] for hit in wanted]
     env = world(built_in()[0], PASSAGES, retrieval_noise=1.0)              # it finds no name of these questions
     assert all(e.done for batch in retriever.lessons(env, PASSAGES, QUESTIONS[:3], 9) for e in batch)
-
-def asked(**fields):
-    return {"question": "a?", "golden_answers": ["A"], **fields}
-
+def asked(**fields): return {"question": "a?", "golden_answers": ["A"], **fields}
 GOOD = '{"contents": "\\"É\\"\\ntext"}\n{"contents": "é", "id": 0}\n'.encode()
 BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff"}', b"null",
              b"[" * 99999, b"version https://git-lfs")
@@ -815,11 +782,8 @@ BAD_LINES = (b"{", b"[1]", b'{"a": 1}', b'{"contents": 3}', b'{"contents": "\xff
     *[("c.jsonl", GOOD + bad + b"\n" + GOOD, ", row 3: ") for bad in BAD_LINES], ("c.jsonl", b"", ""),
     ("c.gz", BAD_LINES[-1], ""), ("c.gz", gzip.compress(GOOD)[:-9], ""), ("", None, ""), ("none", None, "")])
 def test_a_corpus_that_cannot_be_read(tmp_path, name, content, why, capsys):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with ends(capsys, str(tmp_path / name) + why):
-        load_corpus(tmp_path / name)
-
+    if content is not None: (tmp_path / name).write_bytes(content)
+    with ends(capsys, str(tmp_path / name) + why): load_corpus(tmp_path / name)
 NAMES = ["q.jsonl", "my, repo/q.jsonl", "C:\\q.jsonl", "q.jsonl.gz", "q.JSON", "a[1]*.parquet"]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
@@ -827,8 +791,7 @@ def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     rows = [{"question": f"É {i}?", "golden_answers": [str(i)], "contents": "?", "instead_of": "x"} for i in range(3)]
     write(name, *([json.dumps(rows, indent=1)] if "JSON" in name else [*rows[:1], "", *rows[1:], ""]))
-    if name.endswith(".gz"):
-        Path(name).write_bytes(gzip.compress(Path(name).read_bytes()))
+    if name.endswith(".gz"): Path(name).write_bytes(gzip.compress(Path(name).read_bytes()))
     if name.endswith("parquet"):
         Dataset.from_list(rows).to_parquet(name)
         Dataset.from_list(rows).to_parquet("a1b.parquet")                  # which the name as a pattern would find
@@ -842,8 +805,7 @@ def test_a_file_that_exists_is_taken_whole(tmp_path, monkeypatch, name):
     ('["1947-08-15"]', ["1947-08-15"]), ('"Paris"', ["Paris"]), ("[7, 3.5]", ["7", "3.5"]), ("1945", ["1945"]),
     (r'"[\"Angola\", \"x y\"]"', ["Angola", "x y"]), ('"[sic]"', ["[sic]"]), ('["a", NaN, ""]', ["a"]),
     ('null, "answer": "b"', ["b"]), ('NaN, "answer": ["b"]', ["b"]), ('"", "answer": "B"', ["B"]),
-    ('null, "reward_model": {"ground_truth": "b"}', ["b"]), ('[], "reward_model": {"ground_truth": ["b", 2]}', ["b", "2"]),
-    ('null, "reward_model": {"ground_truth": {"target": ["b"]}}', ["b"])])
+    *[('null, "reward_model": {"ground_truth": %s}' % x, ["b"]) for x in ('"b"', '["b", null]', '{"target": ["b"]}')]])
 def test_answers_become_lists_of_strings(tmp_path, answers, want):
     write(tmp_path / "q.jsonl", '{"question": "a?", "data_source": 5, "golden_answers": %s}' % answers)
     found, = load_questions(f"{tmp_path}/q.jsonl", "train")
@@ -858,19 +820,16 @@ def test_answers_become_lists_of_strings(tmp_path, answers, want):
     {"contents": "", "questions": [asked(split="test", question="")]}, {"contents": "", "questions": "x"}], ids=str)
 def test_a_bad_question_is_named(tmp_path, bad, capsys):
     write(tmp_path / "q.jsonl", asked(split="test"), asked(split="test"), bad)
-    with ends(capsys, "q.jsonl, row 3: "):
-        load_questions(f"{tmp_path}/q.jsonl", "test")
+    with ends(capsys, "q.jsonl, row 3: "): load_questions(f"{tmp_path}/q.jsonl", "test")
 
 @pytest.mark.parametrize("sources, why", [
     ("e.jsonl", "no questions"), ("none.jsonl", "none.jsonl"), ("q.jsonl,./q.jsonl", "two sets"), ("q.jsonl,", "comma"),
-    (str(CORPUS), "no questions for 'dev'"), ("x", "x: "), ("q.txt", "q.txt: its name must end in"), (" ", "comma")])
+    (str(CORPUS), "no questions for 'dev'"), ("x", "x: "), ("q.txt", "name must end in"), (" ", "comma")])
 def test_a_set_without_questions(tmp_path, monkeypatch, sources, why, capsys):
     monkeypatch.chdir(tmp_path)
-    for name in ("q.jsonl", "x/q.jsonl", "q.txt"):
-        write(name, asked())
+    for name in ("q.jsonl", "x/q.jsonl", "q.txt"): write(name, asked())
     Path("e.jsonl").write_text("")
-    with ends(capsys, why):
-        load_questions(sources, "dev")
+    with ends(capsys, why): load_questions(sources, "dev")
 
 def test_questions_as_search_r1_keeps_them_from_folders_and_the_hub(tmp_path, monkeypatch, capsys):
     """A set is called by its rows, by its configuration, or by its file, with the folder if that is not enough."""
@@ -894,8 +853,7 @@ def test_questions_as_search_r1_keeps_them_from_folders_and_the_hub(tmp_path, mo
     sets = load_questions("me/bench:nq:test[:9],me/bench:hotpotqa,me/one", "dev")
     assert calls == [("me/bench", "nq", "test[:9]"), ("me/bench", "hotpotqa", "dev"), ("me/one", None, "dev")]
     assert [q["set"] for q in sets] == ["nq", "hotpotqa", "one"]
-    with ends(capsys, "two sets"):
-        load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")
+    with ends(capsys, "two sets"): load_questions("me/bench:nq:dev,me/bench:nq:test", "dev")
 
 def test_what_the_corpus_promises():
     """No fact (two neighbours on a path) of a test question is one of a training question; each is in a passage."""
@@ -916,7 +874,6 @@ def server():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
-
 def post(server, body, **headers):
     connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=20)
     connection.request("POST", "/retrieve", body, headers)
@@ -930,8 +887,9 @@ def test_http_and_in_process_search_find_the_same(server):
     for hit in chain(*wanted):
         del hit["questions"], hit["score"]                                 # questions would tell the answers
     assert found == wanted
-    for asks, want in (({}, found[:1]), ({"topk": 2}, [found[0][:2]]), ({"topk": None, "return_scores": False}, found[:1]),
-                       ({"topk": 1, "return_scores": True}, [[{"document": found[0][0], "score": here.search(queries, 1)[0][0]["score"]}]])):
+    scored = {"document": found[0][0], "score": here.search(queries, 1)[0][0]["score"]}
+    for asks, want in (({}, found[:1]), ({"topk": 2}, [found[0][:2]]), ({"topk": None}, found[:1]),
+                       ({"topk": 1, "return_scores": True}, [[scored]])):
         status, reply = post(server, json.dumps({"queries": queries[:1]} | asks))
         assert status == 200 and json.loads(reply) == {"result": want} and server.server_address[0] == "127.0.0.1"
     with concurrent.futures.ThreadPoolExecutor(200) as pool:               # 200 connections at once
@@ -950,23 +908,19 @@ class Replies:
         self.reply, self.asked, self.waits = reply, [], []
         monkeypatch.setattr(urllib.request.OpenerDirector, "open", lambda _, request, timeout: self.open(request))
         monkeypatch.setattr(retriever.time, "sleep", self.waits.append)
-
     def open(self, request):
         self.asked.append(json.loads(request.data)["queries"])
         reply = self.reply(self.asked[-1]) if callable(self.reply) else self.reply.pop(0)
-        if isinstance(reply, Exception):
-            raise reply
+        if isinstance(reply, Exception): raise reply
         return io.BytesIO(reply if isinstance(reply, bytes) else json.dumps({"result": reply}).encode())
-
 def code(number, **headers):
     return urllib.error.HTTPError("http://x", number, "no", {k.replace("_", "-"): x for k, x in headers.items()}, None)
-
 DOWN, HIT, URL = urllib.error.URLError("down"), {"contents": "a"}, "http://x:1/r"
 @pytest.mark.parametrize("failure, waits", [
     (DOWN, [1, 2]), (http.client.IncompleteRead(b"{"), [1, 2]), (http.client.RemoteDisconnected(), [1, 2]),
-    (TimeoutError("x"), [1, 2]), *[(code(n), [1, 2]) for n in (408, 429, 502, 503)], (code(429, Retry_After="7"), [7, 7]),
-    (code(503, Retry_After="0"), [0, 0]), (code(429, Retry_After="Mon, 1 Jan"), [1, 2]),
-    (code(429, Retry_After="9999"), [300, 300])], ids=repr)
+    (TimeoutError("x"), [1, 2]), *[(code(n), [1, 2]) for n in (408, 429, 502, 503)],
+    (code(429, Retry_After="7"), [7, 7]), (code(503, Retry_After="0"), [0, 0]),
+    (code(429, Retry_After="Mon, 1 Jan"), [1, 2]), (code(429, Retry_After="9999"), [300, 300])], ids=repr)
 def test_a_busy_server_is_waited_for_and_a_dead_one_named(monkeypatch, failure, waits):
     """Then it answers, once without a score; or it does not."""
     seen = Replies(monkeypatch, [failure, failure, [[{"document": HIT | {"instead_of": "x"}}, HIT | {"id": 1}, 5]]])
@@ -974,26 +928,23 @@ def test_a_busy_server_is_waited_for_and_a_dead_one_named(monkeypatch, failure, 
     assert seen.waits == waits and not seen.reply
     assert HTTPRetriever(URL).search([], 3) == []                          # asks nobody
     Replies(monkeypatch, [failure] * 3)
-    with pytest.raises(OSError, match=f"{URL}.*3 times"):
-        HTTPRetriever(URL, tries=3).search(["q"], 3)
+    with pytest.raises(OSError, match=f"{URL}.*3 times"): HTTPRetriever(URL, tries=3).search(["q"], 3)
 
 @pytest.mark.parametrize("failure", [
     *[code(n) for n in (307, 400, 401, 403, 404, 500)], b"<html>", 3, [], [[{"document": {}}]], [[{"contents": 3}]],
-    b"[" * 99999, b"[]"], ids=repr)
+    [[HIT]] * 3, b"[" * 99999, b"[]"], ids=repr)
 def test_a_server_that_refuses_everything_ends_the_run(monkeypatch, capsys, failure):
     """Before a model is loaded; in training after three requests in a row. It is not asked again and again."""
     seen = Replies(monkeypatch, lambda queries: failure)
     monkeypatch.setattr(llds, "load_model", lambda *_: pytest.fail("it loads a model"))
-    with ends(capsys, "--retriever_url " + URL):
-        llds.main(["--retriever_url", URL])
+    with ends(capsys, "--retriever_url " + URL): llds.main(["--retriever_url", URL])
     assert len(seen.asked) == 1
     engine = HTTPRetriever(URL)
     for answered in (False, True, False, False):
         seen.reply = lambda queries: [[HIT] for _ in queries] if answered and "a" in queries else failure
         assert engine.search(["a", "b"][:1 + answered], 3) == [[HIT], [HIT]][:2 * answered] or [[]]
     seen.reply = lambda queries: failure
-    with pytest.raises(OSError, match=f"{URL}.*three"):
-        engine.search(["q", "r"], 3)
+    with pytest.raises(OSError, match=f"{URL}.*three"): engine.search(["q", "r"], 3)
     assert not seen.waits and capsys.readouterr().err.count("WARNING: --retriever_url " + URL) > 3
     assert HTTPRetriever(URL).name and seen.asked[-2:] == [["q"], ["r"]]
 
@@ -1005,13 +956,11 @@ def test_a_refused_query_finds_nothing_with_a_warning(monkeypatch, capsys):
     assert seen.asked == [["a", "bad", "b"], ["a"], ["bad"], ["b"]] * 4 and not seen.waits
     assert (said := capsys.readouterr().err).count("\n") == said.count("WARNING") == said.count("'bad'") == 4
     Replies(monkeypatch, lambda queries: code(500) if len(queries) > 1 else DOWN)
-    with pytest.raises(OSError, match=URL):
-        HTTPRetriever(URL, tries=1).search(["a", "b"], 3)
+    with pytest.raises(OSError, match=URL): HTTPRetriever(URL, tries=1).search(["a", "b"], 3)
     Replies(monkeypatch, [[[]]])
     assert isinstance(HTTPRetriever(URL).probe(), HTTPRetriever)           # to find nothing is an answer
     for url in ("foo", "http://", "ftp://x/", "http://x:abc/", "http://a b/c", "http://[::1/", "http://x:0/"):
-        with ends(capsys, "--retriever_url " + url):
-            HTTPRetriever(url)
+        with ends(capsys, "--retriever_url " + url): HTTPRetriever(url)
 
 def test_no_proxy_leads_to_this_machine(server, monkeypatch, capsys):
     """And where one leads elsewhere, it is named."""
@@ -1019,16 +968,14 @@ def test_no_proxy_leads_to_this_machine(server, monkeypatch, capsys):
     monkeypatch.delenv("no_proxy", raising=False)
     for host in ("127.0.0.1", "localhost"):
         assert HTTPRetriever(f"http://{host}:{server.server_port}/retrieve", timeout=20).probe()
-    with ends(capsys, "http://127.0.0.1:9"):
-        HTTPRetriever("http://example.invalid/r", timeout=20).probe()
+    with ends(capsys, "http://127.0.0.1:9"): HTTPRetriever("http://example.invalid/r", timeout=20).probe()
 
 def test_the_command_says_what_is_wrong(server, tmp_path, monkeypatch, capsys):
     """A port that is taken. From another working directory: the default corpus is found all the same."""
     monkeypatch.chdir(tmp_path)
     for flag, value in (("--corpus", "none.jsonl"), ("--port", str(server.server_port)), ("--host", "")):
         monkeypatch.setattr(sys, "argv", ["retriever.py", flag, value])
-        with ends(capsys, value or "--host"):
-            retriever.main()
+        with ends(capsys, value or "--host"): retriever.main()
 
 # --------------------------------------------------------------------------------------- the command line
 RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 --questions_per_step 4
@@ -1036,12 +983,12 @@ RUN = """--steps 3 --save_steps 2 --eval_steps 2 --warm_steps 30 --group_size 4 
     --retrieval_noise 0.2 --adaptive_answer_weight --llds_lambda 0.5 0 --output_dir out
     --corpus small.jsonl --train_data q.jsonl --eval_data q.jsonl""".split()
 DEATHS = {  # of the two runs, at the n-th call of a function; signal or error; exit status; steps still to do
-    "while flags are written": (llds, "write", 2, signal.SIGKILL, -9, 6),
-    "in the warm start": (llds, "optimizer_step", 9, signal.SIGKILL, -9, 6),
-    "before the first checkpoint": (llds, "backward", 3, signal.SIGKILL, -9, 6),
-    "in a step": (llds, "backward", 11, signal.SIGKILL, -9, 1),            # of lambda 0, step 3
-    "in a save": (llds.torch, "save", 2, signal.SIGKILL, -9, 4),           # of lambda 0.5, step 3
-    "server in evaluation": (llds, "evaluate", 3, "gone", 2, 4)}           # of lambda 0.5, step 3
+    "in the warm start": (llds, "optimizer_step", 20, signal.SIGKILL, -9, 6),
+    "before the start has its name": (Path, "rename", 1, signal.SIGKILL, -9, 6),
+    "before the first checkpoint": (llds, "backward", 4, signal.SIGKILL, -9, 6),     # of lambda 0.5, step 2
+    "in a save": (torch, "save", 2, signal.SIGKILL, -9, 4),                # of lambda 0.5, step 3
+    "server in evaluation": (llds, "evaluate", 3, "gone", 2, 4),           # of lambda 0.5, step 3
+    "in a step": (llds, "backward", 11, signal.SIGKILL, -9, 1)}            # of lambda 0, step 3
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that nothing happens to. At each of the DEATHS a fork goes on in a copy, and dies."""
@@ -1050,38 +997,39 @@ def whole(tmp_path_factory):
     rows = [q | {"golden_answers": right, "set": f"{q['hops']}hop"} for q in QUESTIONS[:30]]
     write(here / "q.jsonl", *rows)
     write(here / "small.jsonl", *PASSAGES[:10])
-    def deadly(what, real, *args, **flags):
-        calls[what] += 1
-        for name, (_, function, number, end, _, _) in DEATHS.items():
-            if (what, calls[what]) == (function, number) and os.getpid() == parent:
-                child = os.fork()
-                if child:
-                    status[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-                    continue
-                os.chdir(shutil.copytree(here, here.with_name(name)))
-                if isinstance(end, str):
-                    raise OSError(end)
-                os.kill(os.getpid(), end)
-        return real(*args, **flags)
+    def deadly(what, real):
+        def call(*args, **flags):
+            calls[what] += 1
+            for name, (_, function, number, end, _, _) in DEATHS.items():
+                if (what, calls[what]) == (function, number) and os.getpid() == parent:
+                    child = os.fork()
+                    if child:
+                        status[name] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+                        continue
+                    os.chdir(shutil.copytree(here, here.with_name(name)))
+                    if what == "save": args[1].write_bytes(b"half")
+                    if isinstance(end, str): raise OSError(end)
+                    os.kill(os.getpid(), end)
+            return real(*args, **flags)
+        return call
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         for module, what in {death[:2] for death in DEATHS.values()}:
-            patch.setattr(module, what, partial(deadly, what, getattr(module, what)))
+            patch.setattr(module, what, deadly(what, getattr(module, what)))
         try:
             llds.main(RUN)
         finally:
-            if os.getpid() != parent:
-                os._exit(getattr(sys.exc_info()[1], "code", 99))
+            if os.getpid() != parent: os._exit(getattr(sys.exc_info()[1], "code", 99))
     assert status == {name: death[4] for name, death in DEATHS.items()}
     return here
-
+def lines(path):
+    """NaN is not JSON."""
+    return [json.loads(line, parse_constant=pytest.fail) for line in Path(path).read_text().splitlines()]
 def outcome(folder):
-    """Of both lambdas: metrics but for times (NaN is not JSON), weights, checkpoints."""
+    """Of both lambdas: metrics but for times, weights, checkpoints."""
     found = {}
     for run in (folder / "out/lambda_0.5", folder / "out/lambda_0"):
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-        found[run.name] = [row for row in rows if row.pop("seconds", 1)]
+        found[run.name] = [row for row in lines(run / "metrics.jsonl") if row.pop("seconds", 1)]
         found[run.name, "weights"] = (run / "model.safetensors").read_bytes()
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-3"]
     return found
@@ -1091,126 +1039,178 @@ def test_three_steps_from_the_command_line(whole, capsys, monkeypatch):
     first, _, second, _ = outcome(whole).values()
     for rows in (first, second):
         assert [(row["step"], "eval_em_2hop" in row) for row in rows] == [(0, True), (1, False), (2, True), (3, True)]
+    assert first[0] == second[0] and 0 < first[1]["reward"] < 1 and first[3]["entropy"] != second[3]["entropy"]
     assert all(first[1][name] == second[1][name] for name in ("reward", "logp_wrong", "entropy", "searches"))
-    assert 0 < first[1]["reward"] < 1 and first[3]["entropy"] != second[3]["entropy"]
     monkeypatch.chdir(whole)
     shutil.copy("q.jsonl", "b.jsonl")
-    trained = ["--model", "out/lambda_0", "--eval_data", "q.jsonl,b.jsonl"]
-    llds.main([*trained, "--ask", "What is the capital of France?"])
-    said = capsys.readouterr().out
-    assert "What is the capital of France?" in said and "[[" in said
-    assert "<" not in said.splitlines()[-1]                                # the answer by itself
+    trained, out = ["--model", "out/lambda_0", "--eval_data", "q.jsonl,b.jsonl"], io.StringIO()
+    with redirect_stdout(out):                                             # as in a notebook: no reconfigure()
+        llds.main([*trained, "--ask", "What is the capital of France?"])
+    *said, answer = out.getvalue().splitlines()
+    assert "What is the capital of France?" in out.getvalue() and "[[" in out.getvalue()
+    spoken = text_in_tag("answer", "\n".join(said).rpartition("]]")[2] or "\n".join(said))
+    assert answer == (spoken or "no answer")
     llds.main([*trained, "--eval", "--output_dir", "scores"])
-    said, scores = capsys.readouterr().out, json.loads(Path("scores/eval.json").read_text())
-    assert scores.pop("flags")["corpus"] == "small.jsonl" and "eval_em" in scores
-    assert json.loads(Path("out/lambda_0/flags.json").read_text())["llds_lambda"] == [0]
+    said, (scores,) = capsys.readouterr().out, lines("scores/eval.json")
+    assert scores.pop("flags")["corpus"] == "small.jsonl" and {"eval_em", "eval_em_q", "eval_em_b"} < set(scores)
+    assert lines("out/lambda_0/flags.json")[0]["llds_lambda"] == [0]
     assert all(name in said for name in scores)
 
 @pytest.mark.parametrize("name", DEATHS)
-def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch, capsys):
-    """Finished lambdas are not run again; a flag that changes no number is given anew."""
+def test_a_run_that_died_goes_on_bit_by_bit(name, whole, monkeypatch):
+    """Even if going on died first, half-way in writing flags.json. Finished lambdas are not run again; a flag
+    that changes no number is given anew."""
     monkeypatch.chdir(whole.with_name(name))
-    steps, train_step = [], llds.train_step
-    monkeypatch.setattr(llds, "train_step", lambda *args: steps.append(1) or train_step(*args))
+    child = os.fork()
+    if child == 0:
+        try:
+            Path.write_text = lambda path, text, **_: (path.write_bytes(text[:99].encode()), os.kill(os.getpid(), 9))
+            llds.main(["--resume", "out"])
+        finally:
+            os._exit(99)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -9
+    steps = watched(monkeypatch, "train_step", lambda args, _: 1)
     llds.main(["--resume", "out", "--rollout_batch", "99"])
-    assert len(steps) == DEATHS[name][5]
-    assert outcome(Path.cwd()) == outcome(whole)
-    assert json.loads(Path("out/flags.json").read_text())["rollout_batch"] == 99       # and kept
+    assert len(steps) == DEATHS[name][5] and outcome(Path.cwd()) == outcome(whole)
+    assert lines("out/flags.json")[0]["rollout_batch"] == 99               # and kept
 
-BAD = {  # flags: what the sentence names
-    "--lernrate 1": "--lernrate", "--steps x": "--steps", "--group_size 1": "--group_size", "--hops 3": "--hops 3",
-    "--llds_lambda .1 -1": "--llds_lambda", "--llds_gate x": "--llds_gate", "--temperature 0": "--temperature",
-    "--llds_lambda .1 .1000001": "--llds_lambda", "--llds_lambda .1 nan": "--llds_lambda", "--beta inf": "--beta",
-    "--learning_rate 1e39": "--learning_rate", "--retrieval_noise 2": "--retrieval_noise", "--seed -1": "--seed",
-    "--answer_weight 1.5": "--answer_weight", "--answer_weight x": "--answer_weight", "--ask Who?": "--model",
-    "--retriever_url foo": "--retriever_url foo", "--ask ": "--ask", "--prompt x": "--prompt", "--model odd": "odd",
-    "--resume run --eval": "--eval", "--resume run --llds_lambda 0 1": "--llds_lambda", "--corpus no.jsonl": "no.jsonl",
-    "--mini_batches 9 --questions_per_step 8": "--mini_batches", "--eval_data no.jsonl": "no.jsonl",
-    "--model bare": "bare", "--output_dir odd": "odd", "--output_dir file/x": "file", "--model several": "lambda_",
-    "--model run": "--resume run", "--resume edited0": "edited0/flags.json", "--resume edited1": "edited1/flags.json",
-    "--resume edited2": "edited2/flags.json", "--resume edited3": "--learning_rate", "--max_new_tokens 999": "tokens",
-    "--resume odd": "flags.json", "--resume run --model bare": "--model", "--resume run --ask Who?": "--ask"}
+def test_what_a_user_does_to_the_folder_of_a_run(whole, tmp_path, monkeypatch):
+    """Copies of checkpoints survive, whatever their name; another corpus does not change the vocabulary."""
+    monkeypatch.chdir(shutil.copytree(whole, tmp_path / "copy"))
+    copies = [Path("out/lambda_0", name) for name in ("checkpoint-2-copy1", "checkpoint-best-9", "checkpoint-2.5",
+                                                      "checkpoint-9x", "checkpoint-12 2026")]
+    for copied in copies: copied.mkdir()
+    write("small.jsonl", {"contents": '"Oslo"\nNew words here, and Oslo Oslo Oslo.'}, *PASSAGES[:10])
+    write("tiny/flags.json", {"warm_steps": 0, "steps": 77})
+    assert llds.parse_config([]).steps == 40                               # whatever a folder of that name holds
+    monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("from the start"))
+    llds.main(["--resume", "out", "--steps", "4"])
+    assert all(copied.exists() for copied in copies)
+    for run in ("out/lambda_0.5", "out/lambda_0"):
+        assert Path(run, "checkpoint-4").is_file() and not Path(run, "checkpoint-3").exists()
+        assert lines(f"{run}/metrics.jsonl")[:4] == lines(whole / run / "metrics.jsonl")
+        assert Path(run, "tokenizer.json").read_bytes() == Path(whole, run, "tokenizer.json").read_bytes()
+    for n in (100, 20, 4): Path("out", f"checkpoint-{n}").touch()
+    assert llds.checkpoints(Path("out")) == [4, 20, 100]
+
+def test_three_requests_refused_in_training_end_it(whole, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(whole)
+    seen = Replies(monkeypatch, lambda queries: [[HIT]] * len(queries) if len(seen.asked) < 3 else code(404))
+    with ends(capsys, f"--retriever_url {URL}"):
+        llds.main(["--model", "out/lambda_0", "--retriever_url", URL, "--output_dir", f"{tmp_path}/x", "--steps", "9"])
+    assert not (tmp_path / "x/checkpoint-9").exists()
+BAD = {flags: flags.split()[0] for flags in """--lernrate 1;--steps x;--group_size 1;--llds_lambda .1 -1;--llds_gate x
+    --temperature 0;--answer_weight 1.5;--answer_weight x;--prompt x;--max_feedback_tokens 31;--steps 9999999999999
+    --llds_lambda 0.1 0.1000001;--llds_lambda 0.1 nan;--beta inf;--learning_rate inf;--learning_rate 1e39;--clip nan
+    --temperature inf;--retrieval_noise 1.1;--early_answers 7;--warmup_ratio 1.01;--group_size 9999999999;--seed -1
+    --ask Who?;--ask ;--mini_batches 9 --questions_per_step 8""".replace("\n    ", ";").split(";")}
+BAD |= {f"--resume run {flag}": flag.split()[0] for flag in (
+    "--eval", "--llds_lambda 0 1", "--model bare", "--ask Who?", "--seed 3", "--output_dir x", "--preset real")}
+BAD |= {  # flags: what the sentence names
+    "--retriever_url foo": "--retriever_url foo", "--retriever_url http://127.0.0.1:1/r": "127.0.0.1:1/r",
+    "--model odd": "odd", "--corpus no.jsonl": "no.jsonl", "--eval_data no.jsonl": "no.jsonl", "--model bare": "bare",
+    "--output_dir odd": "odd", "--output_dir file/x": "file", "--resume odd": "flags.json", "--hops 3": "--hops 3",
+    "--model run": "--resume run", "--model both": "both/lambda_0", "--max_new_tokens 999": "tokens",
+    **{f"--train_data path{n}.jsonl": f"path{n}.jsonl, row 1" for n in range(5)}}
+PATHS = ({}, {"hops": 0, "path": ["Kabul"]}, {"hops": 1, "path": "ab"}, {"hops": 1, "path": ["Kabul"]},
+         {"hops": 1, "path": ["Kabul", "Xyz"]})
+EDITED = ({"llds_lambda": ["x"]}, {"llds_lambda": []}, {"steps": None}, {"group_size": 2.5}, {"llds_gate": "banana"},
+          {"no_flag": 1}, {"eval": "maybe"}, [], 3, "{")
+BAD |= {f"--resume edited{n}": f"edited{n}/flags.json" for n in range(len(EDITED))}
 @pytest.mark.parametrize("flags", BAD)
 def test_bad_input_ends_in_one_sentence(flags, tmp_path, monkeypatch, capsys):
+    """Before it has made a folder."""
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     write("odd/config.json", {})
     write("bare/config.json", {"model_type": "qwen2"})                     # no weights
     write("run/flags.json", {})
-    write("several/lambda_1/flags.json", {})
-    for i, flags_then in enumerate(({"llds_lambda": ["x"]}, {"steps": None}, {"group_size": 2.5}, {"learning_rate": math.inf})):
-        write(f"edited{i}/flags.json", flags_then)
+    write("both/lambda_0/config.json", {})
+    for n, row in enumerate(PATHS): write(f"path{n}.jsonl", asked(**row))
+    for n, row in enumerate(EDITED): write(f"edited{n}/flags.json", row)
+    before = sorted(tmp_path.rglob("*"))
     monkeypatch.setattr(llds, "warm_start", lambda *_: pytest.fail("it began to train"))
-    with ends(capsys, BAD[flags]):
-        llds.main(flags.split(" "))
+    with ends(capsys, BAD[flags]): llds.main(flags.split(" "))
+    assert sorted(tmp_path.rglob("*")) == before
+MODELS = {  # change of config.json; what the sentence names, if it is refused
+    "window": ({"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 0, "layer_types": None}, "9"),
+    "wide window": ({"sliding_window": 4096, "layer_types": ["full_attention"] * 2, "use_sliding_window": True}, None),
+    "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    "missing weights": ({"num_hidden_layers": 3, "layer_types": ["full_attention"] * 3}, "lacks"),
+    "tokens beyond": ({}, "embeddings"), "NaN": ({}, "NaN"), "dropout": ({"attention_dropout": .5}, None)}
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_is_none_of_ours_is_refused(name, tmp_path, capsys):
+    tok, model = built_in()
+    if name == "NaN": model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
+    if name == "tokens beyond": tok.add_tokens(["one more"])
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    changes, why = MODELS[name]
+    write(tmp_path / "config.json", json.loads((tmp_path / "config.json").read_text()) | changes)
+    if why is None:
+        loaded = llds.load_model(str(tmp_path), llds.Config(), [], [])[1].train()
+        ids = torch.arange(9)[None]
+        assert torch.equal(loaded(ids).logits, model.eval()(ids).logits) and loaded.dtype == torch.float32
+        return
+    with ends(capsys, why): llds.load_model(str(tmp_path), llds.Config(), [], [])
 
-def test_a_full_gpu_is_told_which_flags_help_and_one_update_what_it_lacks(monkeypatch, capsys):
-    def full(_):
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-    monkeypatch.setattr(llds, "load_corpus", full)
-    with ends(capsys, "--micro_batch_size"):
-        llds.main([])
+@pytest.mark.parametrize("scale, updates, says", [(.06, 0, "error"), (.06, 1, "WARN"), (1.3, 0, "WARN"), (1., 0, "")])
+def test_a_model_whose_logits_are_no_product_with_the_head_is_refused(scale, updates, says, capsys):
+    """Some scale them in their own forward: what is trained would not be what sampled."""
+    model, env, questions = agent(39)
+    model.lm_head.register_forward_hook(lambda _, args, x: x * scale if x.dim() == 3 else x)  # not token_logps()'s
+    cfg = llds.Config(group_size=2, mini_batches=1)
+    learner = llds.new_learner(model, model.state_dict(), .1, cfg)
+    learner.updates = updates
+    episodes = llds.rollout(model, env, questions, 2)
+    if says == "error":
+        with ends(capsys, "sampler_gap"): llds.train_step(learner, episodes, cfg)
+    else:
+        llds.train_step(learner, episodes, cfg)
+        assert says in (said := capsys.readouterr().err) and bool(says) == bool(said)
+
+def test_main_again_and_again_in_one_process(whole, tmp_path, monkeypatch, capsys):
+    """--cpu_offload joins a group of its own once. Autocast is off afterwards. A full GPU is told which flags help,
+    one update a step what it lacks, a real model its own defaults, and who is not torchrun, that it is not."""
+    monkeypatch.chdir(whole)
+    for _ in range(2):
+        llds.main(["--model", "out/lambda_0", "--ask", "Who?", "--cpu_offload", "--dtype", "bfloat16"])
+        assert not torch.is_autocast_enabled("cpu") and (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert not torch.distributed.is_initialized()
     for llds_lambda in ("0.1", "0"):
         llds.parse_config(["--mini_batches", "1", "--llds_lambda", llds_lambda])
         assert ("WARNING" in capsys.readouterr().err) == (llds_lambda != "0")
-    with pytest.raises(SystemExit, match="0"):
-        llds.parse_config(["--model", "x", "--help"])
+    with pytest.raises(SystemExit, match="0"): llds.parse_config(["--model", "x", "--help"])
     assert "1e-06" in capsys.readouterr().out                              # a real model's learning rate
+    for flags, want in (("--preset collapse", (3, 800)), ("--preset real", (1, 0)), ("--model x", (1, 0)),
+                        ("--model x --preset tiny", (1, 800)), ("--model out/lambda_0", (1, 0)),
+                        ("--preset collapse --num_iterations 2 --warm_steps 5", (2, 5)), ("--resume out", (1, 30))):
+        cfg = llds.parse_config(flags.split())
+        assert (cfg.num_iterations, cfg.warm_steps) == want, flags
+    def full(_): raise torch.OutOfMemoryError("CUDA out of memory.")
+    with monkeypatch.context() as patch, ends(capsys, "--micro_batch_size"):
+        patch.setattr(llds, "load_corpus", full)
+        llds.main([])
+    with monkeypatch.context() as patch, ends(capsys, "--output_dir"):     # several processes would make several
+        patch.setattr(llds, "WORLD", 2)
+        patch.setattr(llds, "start_processes", lambda cfg: None)
+        llds.main([])
+    for rank, world in (("1", "2"), ("0", "2"), ("1", "1"), ("x", "2")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        monkeypatch.setattr(sys, "argv", ["llds.py"])
+        with ends(capsys, "torchrun"): runpy.run_path(llds.__file__, run_name="__main__")
 
-def test_the_curves_and_the_readme_s_two_lines(tmp_path, capsys, monkeypatch):
-    llds.report({"lambda_0": [{"step": t, "reward": None if t == 2 else t / 4} for t in (1, 2, 3)]})
-    assert "reward         0.250 ->  0.750 ▁█" in capsys.readouterr().out
-
-def test_main_leaves_the_process_as_it_was(tmp_path, monkeypatch):
-    """Twice with --cpu_offload; bfloat16 is off afterwards; a stdout without reconfigure; a folder called tiny."""
-    monkeypatch.chdir(tmp_path)
-    write("tiny/flags.json", {"steps": 77})
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert llds.parse_config([]).steps == 40
-    for out in ("a", "b"):
-        llds.main([*SHORT, "--dtype", "bfloat16", "--cpu_offload", "--output_dir", out, "--steps", "1"])
-    assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
-    llds.dist.destroy_process_group()
-
-def test_the_start_of_a_run_keeps_its_words_and_copies_are_left_alone(tmp_path, monkeypatch):
-    """The corpus has grown, so a new agent would have another vocabulary; a checkpoint was copied by hand."""
-    monkeypatch.chdir(tmp_path)
-    write("c.jsonl", *PASSAGES[:12])
-    llds.main([*SHORT, "--corpus", "c.jsonl", "--output_dir", "r"])
-    words_then = llds.load_model("r/start", llds.Config(), [], [])[0].get_vocab()
-    shutil.copy("r/checkpoint-2", "r/checkpoint-2-copy1")
-    write("c.jsonl", *PASSAGES[:12], {"contents": '"Luanda"\nLuanda Luanda Luanda'})
-    llds.main(["--resume", "r", "--steps", "3"])
-    assert llds.load_model("r", llds.Config(), [], [])[0].get_vocab() == words_then
-    assert {path.name for path in Path("r").glob("checkpoint*")} == {"checkpoint-3", "checkpoint-2-copy1"}
-
-@pytest.mark.parametrize("what, why", [("layer_types", "full attention"), ("sliding_window", "window"), ("nan", "NaN"),
-                                       ("missing", "lacks"), ("scaled", "sampler_gap")])
-def test_a_model_that_cannot_be_trained_is_refused(what, why, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    tok, model = built_in()
-    tok.save_pretrained("m")
-    if what == "nan":
-        model.get_input_embeddings().weight.data[3] = math.nan
-    model.save_pretrained("m")
-    config = json.loads(Path("m/config.json").read_text())
-    config |= {"layer_types": {"layer_types": ["full_attention", "sliding_attention"]}, "missing": {"num_hidden_layers": 3},
-               "sliding_window": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 9}}.get(what, {})
-    config["layer_types"] = config["layer_types"] if what == "layer_types" else None
-    write("m/config.json", config)
-    if what == "scaled":                                                   # in its own forward alone
-        forward = Qwen2ForCausalLM.forward
-        def scaled(*args, **flags):
-            output = forward(*args, **flags)
-            output.logits = output.logits * 9
-            return output
-        monkeypatch.setattr(Qwen2ForCausalLM, "forward", scaled)
-    with ends(capsys, why):
-        llds.main([*SHORT, "--model", "m", "--preset", "tiny", "--warm_steps", "0"])
+def test_the_curves_of_two_runs(capsys):
+    rows = [dict.fromkeys(llds.CURVES, None if t == 2 else t) | {"step": t} for t in (1, 2, 3)]
+    llds.report({"lambda_0": rows, "lambda_0.5": rows[:2], "long": [{"reward": n} for n in range(600)], "none": [{}]})
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 13 and {"1.000 ->  3.000 ▁█", "1.000 ->  1.000 ▁"} <= {line[26:] for line in said}
+    assert 50 < len(said[-1][46:]) <= 60 and list(said[-1][46:]) == sorted(said[-1][46:])
 
 # ------------------------------------------------------------------------------------- several processes
 KINDS = (dict(beta=0.1), dict(tied=True, freeze_embeddings=True), dict(tied=True, cpu_offload=True))
-KIND = dict(group_size=3, micro_batch_size=2, mini_batches=4, greedy=True)
+KIND = dict(group_size=3, micro_batch_size=4, greedy=True)                 # 4 of 8 groups each, 2 in a mini-batch
 SHORT = """--steps 2 --save_steps 1 --warm_steps 2 --questions_per_step 4 --group_size 2 --mini_batches 2
     --max_new_tokens 9 --max_feedback_tokens 40 --hops 2 --gradient_checkpointing --beta 0.01""".split()
 def worker(task, folder):
@@ -1241,31 +1241,29 @@ def launched(tmp_path_factory):
     pool.shutdown(cancel_futures=True)
 
 def test_two_processes_make_what_one_makes(launched):
-    """Greedy rollouts of seven groups, then four updates: untied head, tied and frozen, tied and offloaded."""
+    """Greedy rollouts of eight groups, then four updates: untied head, tied and frozen, tied and offloaded. The
+    first process plays every other group."""
     folder, (work, *_) = launched
     assert work.result().returncode == 0, work.result().stderr
     for (metrics, weights, episodes), kind in zip(torch.load(folder / "runs", weights_only=False), KINDS):
         want = stepped(**KIND, **kind)
-        assert episodes == [e for i, e in enumerate(want.episodes) if i // 3 % 2 == 0]  # every other group
-        assert want.metrics["llds"] > 0
+        assert episodes == [e for i, e in enumerate(want.episodes) if i // 3 % 2 == 0] and want.metrics["llds"] > 0
         assert metrics == {name: x and pytest.approx(x, 1e-3, 1e-4) for name, x in want.metrics.items()}
         torch.testing.assert_close(weights, want.weights, rtol=1e-4, atol=1e-5)
 
 def test_a_run_goes_from_two_processes_to_one_and_back(launched, capsys):
     """Its model answers. If a rank dies, all end."""
     folder, (_, *runs, alone, together, dies) = launched
-    assert all((run.result().returncode, run.result().stdout.count("\nlambda_0.1: ")) == (0, 1) for run in runs)
-    assert re.findall(r'"step": (\d+)', (folder / "out/metrics.jsonl").read_text()) == ["0", "1", "2", "3", "4"]
+    assert all((run.result().returncode, run.result().stdout.count("\nlambda_0.1: ")) == (0, 1) for run in runs), runs
+    assert [row["step"] for row in lines(folder / "out/metrics.jsonl")] == [0, 1, 2, 3, 4]
     for ask in (alone, together):                                          # one question, also for two ranks
-        assert ask.result().returncode == 0 and "Is Paris the capital?" in ask.result().stdout, ask.result()
+        assert ask.result().returncode == 0 and ask.result().stdout.count("Is Paris the capital?") == 1, ask.result()
     assert dies.result().returncode != 0
     resume = ["--resume", str(folder / "out"), "--steps", "5", "--cpu_offload", "false"]
     (folder / "out/unfinished").mkdir()                                    # cannot be written: the last one stays
-    with ends(capsys, "unfinished"):
-        llds.main(resume)
+    with ends(capsys, "unfinished"): llds.main(resume)
     (folder / "out/checkpoint-4").write_text("damaged")
-    with ends(capsys, "checkpoint-4"):
-        llds.main(resume)
+    with ends(capsys, "checkpoint-4"): llds.main(resume)
 
 # ----------------------------------------------------------------------------- python test_llds.py bench
 def clock():
@@ -1290,8 +1288,7 @@ class Paced(llds.Environment):
     def respond(self, episodes):
         for e in episodes:
             e.done = e.turn > self.cfg.max_turns
-            if not e.done:
-                self.append(e, [*range(50)] * 3)
+            if not e.done: self.append(e, [*range(50)] * 3)
 
 @torch.no_grad()
 def naive(model, env, questions, group_size, temperature):
@@ -1324,8 +1321,7 @@ def bare(model, calls):
 
 def update(model, episodes, penalty=llds.llds_penalty, step=llds.train_step):
     """A train_step on rollouts that are right or wrong by decree."""
-    for i, e in enumerate(episodes):
-        e.reward, e.sampled_logp = float(i % 3 == 0), []
+    for i, e in enumerate(episodes): e.reward, e.sampled_logp = float(i % 3 == 0), []
     cfg = llds.Config(learning_rate=1e-5, warmup_ratio=0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(llds, "llds_penalty", penalty)
@@ -1340,7 +1336,8 @@ def bare_step(learner, episodes, cfg):
         for grad in (False, False, True):
             with torch.set_grad_enabled(grad):
                 hidden = learner.model.base_model(input_ids=needed, use_cache=False)[0]
-                logits = learner.model.get_output_embeddings()(hidden[batch.action_id[rows][:, 1:hidden.shape[1] + 1] > 0])
+                predicts = batch.action_id[rows][:, 1:hidden.shape[1] + 1] > 0
+                logits = learner.model.get_output_embeddings()(hidden[predicts])
         logits.sum().backward()
         learner.optimizer.zero_grad()
 
@@ -1401,8 +1398,7 @@ def bench_logps():
     """token_logps beside (2048, 151936) logits, forward and backward; half of the tokens are feedback."""
     model, ids = qwen2(151936, 64, 1), torch.randint(151936, (2, 1024), device=llds.DEVICE)
     action_id = (torch.arange(1024, device=llds.DEVICE) // 64 % 2).repeat(2, 1)
-    def ours():
-        llds.token_logps(model, ids, action_id)[0].sum().backward()
+    def ours(): llds.token_logps(model, ids, action_id)[0].sum().backward()
     def full():
         logp = model(ids[:, :-1]).logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None])[..., 0]
         (logp * action_id[:, 1:]).sum().backward()
@@ -1437,8 +1433,7 @@ def bench(short=False):
     print("Medians,", f"on {torch.cuda.get_device_name()}" if llds.GPU else "CPU seconds of one thread",
           "(in brackets: how many times the first). 4 groups of 8, 3 searches, actions of 16 to 48 tokens")
     tok, agent = llds.load_model("tiny", llds.Config(), PASSAGES, QUESTIONS)
-    if short:
-        return bench_model("built-in agent", tok, agent, 1)
+    if short: return bench_model("built-in agent", tok, agent, 1)
     bench_model("built-in agent", tok, agent, 3)
     bench_model("4 layers, hidden 256", tok, qwen2(len(tok), 256, 4), 3)
     print("\nlog-probabilities of 2048 tokens, half of them feedback, vocabulary 151936; BM25")
