@@ -28,7 +28,7 @@ responses no worse than their group (A >= 0), while the response as a whole has 
 this condition is the *gate*. At a step's first update nothing has changed, and the penalty is 0.
 Paper: arXiv 2512.04220, v1 and v2 are its versions; it builds on Search-R1. Shapes: N responses, T
 tokens in the longest, M tokens in all actions, D numbers in a hidden state, V words known."""
-import copy, itertools, json, math, os, random, re, sys, time
+import copy, itertools, json, os, random, re, sys, time
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path

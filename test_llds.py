@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config,
 import llds
 import retriever
 from llds import Environment
-from retriever import (BM25, CLOSE, CORRECTION, OPEN, TAG, ErringRetriever, HTTPRetriever, clean, exact_match,
+from retriever import (BM25, CLOSE, CORRECTION, OPEN, ErringRetriever, HTTPRetriever, clean, exact_match,
                        format_passages, keep_fitting, load_corpus, load_questions, serve, text_in_tag, words)
 
 torch.set_num_threads(1)
